@@ -1,0 +1,10 @@
+"""The fused operators. Each module is one room: what it computes, its door, its specification.
+
+Polarity everywhere: **1 keeps the image, 0 replaces it**. Pixels are (y, x), sizes (H, W), boxes
+``(x0, y0, x1, y1)``, half-open. Every op is pure: no random numbers, no global state, no host
+synchronisation, output shapes that depend on input shapes alone.
+"""
+
+from casm_fast.ops.tv_norm import tv_norm
+
+__all__ = ["tv_norm"]
