@@ -1,0 +1,236 @@
+"""The table of predicted boxes: its columns, its description, reading it and writing it atomically.
+
+Extraction writes one row per image, evaluation and the report read them. A table is a Parquet
+file (or the same table in memory) whose metadata carries a :class:`Description` as JSON under the
+key ``casm_fast``: which model made the boxes, from which images, and by which conventions. A box
+is ``(x0, y0, x1, y1)``, half-open; "network pixels" are those of the square that the network saw,
+"original pixels" those of the image file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1
+"""Version of the columns and of the description; raised when a reader of the old ones would be
+wrong.
+"""
+
+_KEY = b"casm_fast"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a saliency map became a box, and how an image became the network's square.
+
+    Attributes:
+        size: Side of the network's square, in pixels.
+        policy: ``"crop"`` (shorter side to ``size``, centre crop) or ``"squash"`` (both sides to
+            ``size``).
+        rule: Threshold rule: ``"mean"``, ``"area"``, ``"value"`` or ``"energy"``.
+        alpha: The rule's parameter.
+        component: ``"largest"`` connected component, or ``"all"`` kept pixels.
+        connectivity: 4 or 8.
+    """
+
+    size: int
+    policy: str
+    rule: str
+    alpha: float
+    component: str
+    connectivity: int
+
+    @property
+    def threshold(self) -> str:
+        """The threshold as a formula, for people."""
+        alpha = f"{self.alpha:g}"
+        return {
+            "mean": f"m >= {alpha} * mean(m)",
+            "area": f"the {alpha} * mean(m) share of pixels with the highest m",
+            "value": f"m >= min + {alpha} * (max - min)",
+            "energy": f"the highest m that hold {alpha} of the mass",
+        }.get(self.rule, f"{self.rule} {alpha}")
+
+    @property
+    def geometry(self) -> str:
+        """The resize policy, for people."""
+        if self.policy == "crop":
+            return f"shorter side to {self.size}, centre crop {self.size} x {self.size}"
+        if self.policy == "squash":
+            return f"squashed to {self.size} x {self.size}"
+        return f"{self.policy} {self.size}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a table of predictions says about itself.
+
+    Attributes:
+        source: Canonical name of the images, as ``open_source`` takes it.
+        convention: Geometry and box rule.
+        saliency_size: ``(h, w)`` of the saliency map before it is scaled to the network's square.
+        classes: Class names by label, in the model's numbering; empty when unknown.
+        checkpoint: File of the model, or None when it came from memory.
+        model: SHA-256 of the model's weights: equal fingerprints, equal weights.
+        config: The options of the extraction.
+        device: Where the network ran.
+        seconds: Wall time of the extraction.
+        versions: Versions of the package, of torch and of Python.
+        format: Version of the table's format.
+    """
+
+    source: str
+    convention: Convention
+    saliency_size: tuple[int, int]
+    classes: tuple[str, ...] = ()
+    checkpoint: str | None = None
+    model: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    seconds: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The description as one JSON object."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Description:
+        """The description that :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        fields["convention"] = Convention(**fields["convention"])
+        fields["saliency_size"] = tuple(fields["saliency_size"])
+        fields["classes"] = tuple(fields["classes"])
+        return Description(**fields)
+
+
+def schema() -> pa.Schema:
+    """The columns of a table, without a description.
+
+    A row whose ``error`` is not null is an image that could not be read: everything but its id
+        and label is null.
+    """
+    import pyarrow as pa
+
+    int32, float32 = pa.int32(), pa.float32()
+    boxes = pa.list_(pa.list_(int32, 4))
+    return pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("height", int32),
+            ("width", int32),
+            ("label", int32),
+            ("predicted", int32),
+            ("predicted_name", pa.string()),
+            ("score", float32),
+            ("top5", pa.list_(int32)),
+            *[(name, int32) for name in ("x0", "y0", "x1", "y1")],
+            *[(f"net_{name}", int32) for name in ("x0", "y0", "x1", "y1")],
+            ("area", int32),
+            ("rule", pa.string()),
+            ("mean_saliency", float32),
+            ("tv", float32),
+            ("entropy", float32),
+            ("entropy_full", float32),
+            ("gt_boxes", boxes),
+            ("gt_net_boxes", boxes),
+            ("f1", float32),
+            ("f1_mean", float32),
+            ("error", pa.string()),
+        ]
+    )
+
+
+def describe(table: pa.Table, description: Description) -> pa.Table:
+    """``table`` with ``description`` in its metadata."""
+    metadata: dict[bytes | str, bytes | str] = {_KEY: description.to_json()}
+    return table.replace_schema_metadata(metadata)
+
+
+def description_of(table: pa.Table, name: str = "the table") -> Description:
+    """The description in the metadata of ``table``.
+
+    Args:
+        table: A table that extraction wrote.
+        name: How error messages call it.
+
+    Raises:
+        ValueError: If the table has no description, or one of a newer format.
+    """
+    text = (table.schema.metadata or {}).get(_KEY)
+    if text is None:
+        raise ValueError(
+            f"{name} has no casm_fast description in its metadata: "
+            "expected a table written by casm_fast.extract"
+        )
+    fields = json.loads(text)
+    if fields.get("format") != FORMAT:
+        raise ValueError(
+            f"{name} has format {fields.get('format')}, "
+            f"this version of casm_fast reads format {FORMAT}: extract the boxes again"
+        )
+    return Description.from_json(text)
+
+
+def read(path: str | Path) -> tuple[pa.Table, Description]:
+    """Read a table of predictions and its description.
+
+    Args:
+        path: A Parquet file that :func:`write` made.
+
+    Returns:
+        The table and its description.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not Parquet, or not a table of predictions.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a Parquet file written by casm_fast.extract, got {path}: no such file"
+        )
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+    return table, description_of(table, str(path))
+
+
+def write(table: pa.Table, path: str | Path) -> Path:
+    """Write ``table`` to ``path`` so that the file is whole or absent, whatever happens meanwhile.
+
+    Args:
+        table: Rows with the columns of :func:`schema`.
+        path: The Parquet file; folders are made.
+
+    Returns:
+        ``path``.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as stream:
+            pq.write_table(table, stream, compression="zstd")
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,65 @@
+"""Published figures, and when they may stand beside ours.
+
+Zolna, Geras and Cho, Classifier-agnostic saliency map extraction, Tables 1 and 2 and section 6.1:
+ImageNet validation set, all 50,000 images, shorter side 224 and centre crop, largest 4-connected
+component, no knowledge of the class. The paper thresholds at the mean (eq. 9 with alpha 1), its
+code at the quantile that keeps the mask's mean area; either is taken as its convention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from casm_fast.data.predictions import Convention
+
+IMAGES = 50_000
+"""Images of the ImageNet validation set."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published result; shares in [0, 1], None where the paper gives no figure.
+
+    Attributes:
+        name: Method and strategy.
+        le: Localization error.
+        om: Official metric, top-1.
+        f1: Best F1 over the true boxes.
+    """
+
+    name: str
+    le: float
+    om: float | None
+    f1: float | None
+
+
+CASM = (
+    Published("CASM, strategy L100 (paper)", 0.361, 0.486, 0.614),
+    Published("CASM, strategy L (paper)", 0.365, 0.490, 0.617),
+    Published("Baseline, strategy F (paper)", 0.535, 0.627, 0.490),
+)
+"""Rows of Table 2 with the entropy score and the shared encoder."""
+
+
+def comparable(source: str, images: int, convention: Convention) -> tuple[Published, ...]:
+    """The published results that were obtained by the same convention on the same images.
+
+    Args:
+        source: Canonical name of the images.
+        images: Images that were counted.
+        convention: Geometry and box rule.
+
+    Returns:
+        The results, or an empty tuple where the comparison would not be fair.
+    """
+    same = (
+        source.startswith("imagenet")
+        and images == IMAGES
+        and convention.size == 224
+        and convention.policy == "crop"
+        and convention.rule in ("mean", "area")
+        and convention.alpha == 1
+        and convention.component == "largest"
+        and convention.connectivity == 4
+    )
+    return CASM if same else ()
