@@ -1,4 +1,4 @@
-"""The house rules that no single room can break alone: arrows point down, rooms keep their shape."""
+"""The rules of the house: arrows point down, rooms keep their shape."""
 
 from __future__ import annotations
 

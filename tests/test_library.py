@@ -43,7 +43,8 @@ import torch
 from casm_fast import ops
 from casm_fast.ops import library
 torch.manual_seed(0)
-image, mask, offset = torch.rand(2, 3, 35, 37), torch.rand(2, 1, 7, 9), torch.tensor([[0, 1], [2, 3]])
+image, mask = torch.rand(2, 3, 35, 37), torch.rand(2, 1, 7, 9)
+offset = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
 size = (31, 33)
 full = ops.upsample_mask(mask, (35, 37), 0.6)
 def close(a, b): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -51,7 +52,7 @@ close(ops.gaussian_blur(image, 3.0), ops.gaussian_blur.reference(image, 3.0))
 close(ops.blur_mask(image, full, 3.0), ops.blur_mask.reference(image, full, 3.0))
 close(ops.blend(image, None, mask), ops.blend.reference(image, None, mask))
 close(full, ops.upsample_mask.reference(mask, (35, 37), 0.6))
-arguments = image, image.flip(3), mask, offset.int(), size, 0.6
+arguments = image, image.flip(3), mask, offset, size, 0.6
 close(ops.jitter_mask(*arguments), ops.jitter_mask.reference(*arguments))
 close(ops.tv_norm(full), ops.tv_norm.reference(full))
 boxes, area = ops.mask_boxes(full)

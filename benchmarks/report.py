@@ -1,0 +1,155 @@
+"""Renders docs/performance.md and its pictures from the JSON in benchmarks/results/.
+
+`make bench-report`. Nothing is typed by hand: a figure that stands in the page was measured, and
+losses stand beside wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images"
+
+HEAD = """# Performance
+
+Rendered from the JSON under `benchmarks/results/` by `make bench-report`; measured by `make bench`.
+
+How to read it. Every result was checked against the specification before it was timed. All
+competitors of a row ran in one process with the same threads, in turn (A B C A B C ...), with an
+allocator that keeps freed memory; times are medians, with the 10th and 90th percentile. *Ratio* is
+the best exact peer's time over ours: above 1 we win, **below 1 we lose**. *Copy* is our compulsory
+traffic (every input read once, every output written once) as a share of a large copy measured in
+the same process; above 100 % the data stayed in cache. Peers marked † do not compute the same thing
+and are not ranked.
+"""
+
+
+def load() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    def short(value: float) -> str:
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+    spread = f"{short(row['p10_ms'])} to {short(row['p90_ms'])}"
+    return f"{short(row['median_ms'])} ({spread})"
+
+
+def table(races: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| case | ours, ms | peers, ms | ratio | GB/s | copy | images/s | error |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for race in races:
+        rows = race["competitors"]
+        peers = sorted((n for n in rows if n != "ours"), key=lambda n: rows[n]["median_ms"])
+        listed = "<br>".join(
+            f"{name}{'†' if rows[name]['inexact'] else ''} {milliseconds(rows[name])}"
+            for name in peers
+        )
+        ratio = race["ratio"]
+        shown = "" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+        lines.append(
+            f"| {race['case']} | {milliseconds(rows['ours'])} | {listed} | {shown} "
+            f"| {race['gigabytes_per_second']:.1f} | {race['copy_share']:.0%} "
+            f"| {race['images_per_second']:,.0f} | {rows['ours']['error']:.1e} |"
+        )
+    return lines
+
+
+def notes(races: list[dict[str, Any]]) -> list[str]:
+    reasons = {
+        f"{name}: {row['inexact']}"
+        for race in races
+        for name, row in race["competitors"].items()
+        if row["inexact"]
+    }
+    return ["", *(f"† {reason}." for reason in sorted(reasons))] if reasons else []
+
+
+def losses(races: list[dict[str, Any]]) -> list[str]:
+    lost = [race for race in races if race["ratio"] is not None and race["ratio"] < 1]
+    if not lost:
+        return ["No race of this run was lost."]
+    return [
+        "Lost races:",
+        "",
+        *(
+            f"* {race['op']}, {race['case']}: {race['best_peer']} is {1 / race['ratio']:.2f}x faster."
+            for race in sorted(lost, key=lambda race: race["ratio"])
+        ),
+    ]
+
+
+def picture(races: list[dict[str, Any]], path: Path, device: str, copy: float) -> None:
+    """Each op's cases: time against compulsory bytes, with the line of the measured copy."""
+    by_op = defaultdict(list)
+    for race in races:
+        by_op[race["op"]].append(race)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for op, members in by_op.items():
+        axes.scatter(
+            [race["bytes"] / 1e6 for race in members],
+            [race["gigabytes_per_second"] for race in members],
+            label=op,
+            s=28,
+            alpha=0.85,
+        )
+    axes.axhline(copy, color="black", linewidth=1)
+    axes.annotate(f"copy, {copy:.0f} GB/s", (0.01, copy), xycoords=("axes fraction", "data"),
+                  va="bottom", fontsize=9)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="compulsory traffic of a call, MB",
+             ylabel="achieved, GB/s", title=f"Traffic against the machine's copy: {device}")  # fmt: skip
+    axes.grid(True, which="major", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    page = [HEAD]
+    runs = load()
+    if not runs:
+        raise SystemExit("benchmarks/results/ holds no JSON: run `make bench` first")
+    for run, source in zip(runs, sorted(RESULTS.glob("*.json")), strict=True):
+        machine = run["machine_info"]["casm_fast"]
+        races = [b["extra_info"] for b in run["benchmarks"] if "op" in b["extra_info"]]
+        copy = races[0]["copy_gigabytes_per_second"]
+        device = f"{machine['device']}, {machine['threads']} threads"
+        image = IMAGES / f"roofline-{source.stem}.png"
+        picture(races, image, device, copy)
+        page += [
+            f"## {device}",
+            "",
+            f"casm_fast {machine['version']} at {run['commit_info']['id'][:10]}, torch "
+            f"{machine['torch']}, {machine['instruction_set']} kernels; copy {copy:.1f} GB/s; "
+            f"{run['datetime'][:10]}.",
+            "",
+            f"![Achieved traffic against copy bandwidth](images/{image.name})",
+            "",
+            *losses(races),
+            "",
+        ]
+        for op in dict.fromkeys(race["op"] for race in races):
+            members = [race for race in races if race["op"] == op]
+            page += [f"### {op}", "", *table(members), *notes(members), ""]
+    PAGE.write_text("\n".join(page))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
