@@ -87,7 +87,7 @@ def losses(races: list[dict[str, Any]]) -> list[str]:
         "Lost races:",
         "",
         *(
-            f"* {race['op']}, {race['case']}: {race['best_peer']} is {1 / race['ratio']:.2f}x faster."
+            f"* {race['op']}, {race['case']}: {race['best_peer']} takes {race['ratio']:.2f} of our time."
             for race in sorted(lost, key=lambda race: race["ratio"])
         ),
     ]
@@ -108,10 +108,20 @@ def picture(races: list[dict[str, Any]], path: Path, device: str, copy: float) -
             alpha=0.85,
         )
     axes.axhline(copy, color="black", linewidth=1)
-    axes.annotate(f"copy, {copy:.0f} GB/s", (0.01, copy), xycoords=("axes fraction", "data"),
-                  va="bottom", fontsize=9)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="compulsory traffic of a call, MB",
-             ylabel="achieved, GB/s", title=f"Traffic against the machine's copy: {device}")  # fmt: skip
+    axes.annotate(
+        f"copy, {copy:.0f} GB/s",
+        (0.01, copy),
+        xycoords=("axes fraction", "data"),
+        va="bottom",
+        fontsize=9,
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="compulsory traffic of a call, MB",
+        ylabel="achieved, GB/s",
+        title=f"Traffic against the machine's copy: {device}",
+    )
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
