@@ -87,7 +87,7 @@ def losses(races: list[dict[str, Any]]) -> list[str]:
         "Lost races:",
         "",
         *(
-            f"* {race['op']}, {race['case']}: {race['best_peer']} at {race['ratio']:.2f} of our time"
+            f"* {race['op']}, {race['case']}: {race['best_peer']} x{race['ratio']:.2f} our time"
             for race in sorted(lost, key=lambda race: race["ratio"])
         ),
     ]
