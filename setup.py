@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def tool(name: str) -> str:
         program = Path(getattr(importlib.import_module(name), folder_of[name])) / name
         if program.exists():
             return str(program)
-    return name
+    return shutil.which(name) or name
 
 
 def jobs() -> int:
