@@ -1,0 +1,26 @@
+"""Encoders with taps, the mask decoder, the saliency model and its checkpoints."""
+
+from casm_fast.models.casme import export_casme, import_casme
+from casm_fast.models.checkpoint import fingerprint, load, save
+from casm_fast.models.decoder import Decoder
+from casm_fast.models.encoder import Encoder, ResNetEncoder, TracedEncoder, build_encoder
+from casm_fast.models.saliency import SaliencyModel, build_model, full_size
+from casm_fast.models.taps import Tap, discover_taps
+
+__all__ = [
+    "Decoder",
+    "Encoder",
+    "ResNetEncoder",
+    "SaliencyModel",
+    "Tap",
+    "TracedEncoder",
+    "build_encoder",
+    "build_model",
+    "discover_taps",
+    "export_casme",
+    "fingerprint",
+    "full_size",
+    "import_casme",
+    "load",
+    "save",
+]
