@@ -5,6 +5,7 @@ Polarity everywhere: **1 keeps the image, 0 replaces it**. Pixels are (y, x), si
 synchronisation, output shapes that depend on input shapes alone.
 """
 
+from casm_fast.ops.jitter_mask import blend
 from casm_fast.ops.tv_norm import tv_norm
 
-__all__ = ["tv_norm"]
+__all__ = ["blend", "tv_norm"]

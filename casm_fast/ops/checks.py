@@ -21,7 +21,12 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def check_tensor(
-    op: str, name: str, value: object, shape: str, channels: int | None = None
+    op: str,
+    name: str,
+    value: object,
+    shape: str,
+    channels: int | None = None,
+    cpu_dtypes: tuple[torch.dtype, ...] = CPU_DTYPES,
 ) -> Tensor:
     """Checks a floating tensor of four dimensions on a device and in a dtype that have kernels.
 
@@ -31,6 +36,7 @@ def check_tensor(
         value: What the user passed.
         shape: The shape that is expected, as written in messages, such as ``[B, 1, H, W]``.
         channels: The size of dimension 1, where it is fixed.
+        cpu_dtypes: The dtypes that the op has CPU kernels for.
 
     Raises:
         TypeError: Not a tensor, or a dtype without kernels.
@@ -42,7 +48,7 @@ def check_tensor(
         raise ValueError(f"{op}: expected `{name}` of shape {shape}, got {shape_of(value)}")
     if value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"{op}: expected `{name}` to have pixels, got {shape_of(value)}")
-    dtypes = CPU_DTYPES if value.device.type == "cpu" else CUDA_DTYPES
+    dtypes = cpu_dtypes if value.device.type == "cpu" else CUDA_DTYPES
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(value.dtype).removeprefix("torch.")
@@ -52,14 +58,16 @@ def check_tensor(
     return value
 
 
-def check_like(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Checks that two tensors agree in device and dtype."""
+def check_like(
+    op: str, name: str, value: Tensor, other_name: str, other: Tensor, any_dtype: bool = False
+) -> None:
+    """Checks that two tensors agree in device and, unless `any_dtype`, in dtype."""
     if value.device != other.device:
         raise ValueError(
             f"{op}: expected `{name}` on the device of `{other_name}` ({other.device}), "
             f"got {value.device}"
         )
-    if value.dtype != other.dtype:
+    if not any_dtype and value.dtype != other.dtype:
         want, got = (str(t.dtype).removeprefix("torch.") for t in (other, value))
         raise TypeError(
             f"{op}: expected `{name}` in the dtype of `{other_name}` ({want}), got {got}"

@@ -34,7 +34,7 @@ def specified_by(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Op[P, 
 
 def refuse_double_backward(qualified_name: str) -> None:
     """Makes the gradient of a backward op an error with a sentence, instead of a silent zero."""
-    name = qualified_name.rpartition("::")[2].removesuffix("_backward")
+    name = qualified_name.rpartition("::")[2].partition("_backward")[0]
 
     def refuse(ctx: Any, *grads: torch.Tensor) -> None:
         raise RuntimeError(
