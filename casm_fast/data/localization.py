@@ -1,8 +1,8 @@
 r"""How well a box or a saliency map lies on the true boxes, by the conventions of CASM.
 
-Boxes are ``(x0, y0, x1, y1)``, half-open, in the pixels of the network's square. A true box may
-reach beyond the square (a centre crop cuts objects): its *whole* area counts, so what the crop
-cut off is held against the prediction. With the saliency :math:`m` and a true box :math:`B`,
+Boxes are (x0, y0, x1, y1), half-open. A ground-truth box keeps the whole of its area even where it
+lies outside the picture that the network saw, so what the crop cut off counts against the
+prediction. With the saliency m and a true box B,
 
 .. math::
     \mathrm{IoU} = \frac{|P \cap B|}{|P| + |B| - |P \cap B|}, \quad
@@ -10,19 +10,23 @@ cut off is held against the prediction. With the saliency :math:`m` and a true b
     R = \frac{\sum_B m}{|B|}, \quad
     F_1 = \frac{2 P R}{P + R + 10^{-6}}
 
-(Zolna et al., Classifier-agnostic saliency map extraction, section 6.3 and eq. 10; the constants
-are their code's).
+(Zolna, Geras and Cho, "Classifier-agnostic saliency map extraction", section 6.3 and eq. 10; the
+constants are their code's).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Boxes = NDArray[Any]
+"""``[..., 4]``, any real type."""
+
 THRESHOLD = 0.5
-"""A localization is correct when its IoU is strictly greater than this."""
+"""A box is right when its IoU is strictly greater than this."""
 
 EPSILON = 1e-6
 """Keeps precision and F1 defined for an empty saliency map; the value of the CASM authors' code,
@@ -30,52 +34,113 @@ hence of the published F1.
 """
 
 
-def areas(boxes: ArrayLike) -> NDArray[np.int64]:
-    """Pixels in each box, 0 where a side is not positive.
+def area(boxes: Boxes) -> NDArray[np.float64]:
+    """Pixels of each box, ``[..., 4]`` -> ``[...]``; 0 for an empty or inverted one."""
+    table = np.asarray(boxes, np.float64)
+    sides = np.clip(table[..., 2:] - table[..., :2], 0, None)
+    return np.asarray(sides[..., 0] * sides[..., 1])
+
+
+def shared_area(first: Boxes, second: Boxes) -> NDArray[np.float64]:
+    """Pixels that boxes have in common in pairs; the shapes broadcast.
 
     Args:
-        boxes: ``[n, 4]``.
+        first: ``[..., 4]``.
+        second: ``[..., 4]``.
 
     Returns:
-        ``[n]``.
+        ``[...]``.
     """
-    corners = _boxes(boxes)
-    sides = np.maximum(corners[:, 2:] - corners[:, :2], 0)
-    return sides[:, 0] * sides[:, 1]
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    return area(np.concatenate([low, high], axis=-1))
 
 
-def intersections(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.int64]:
-    """Pixels that each box shares with its partner.
+def box_iou(first: Boxes, second: Boxes) -> NDArray[np.float64]:
+    """Intersection over union of boxes in pairs; the shapes broadcast.
 
     Args:
-        boxes: ``[n, 4]``.
-        others: ``[n, 4]``.
+        first: ``[..., 4]``.
+        second: ``[..., 4]``.
 
     Returns:
-        ``[n]``.
+        ``[...]`` in [0, 1]; 0 where both boxes are empty.
     """
-    first, second = _boxes(boxes), _boxes(others)
-    low = np.maximum(first[:, :2], second[:, :2])
-    high = np.minimum(first[:, 2:], second[:, 2:])
-    return areas(np.concatenate([low, high], axis=1))
+    shared = shared_area(first, second)
+    union = area(first) + area(second) - shared
+    return np.divide(shared, union, out=np.zeros_like(union), where=union > 0)
 
 
-def iou(boxes: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
-    """Intersection over union of each predicted box with its true box; 0 where both are empty.
+def iou(predicted: Boxes, truth: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """The best overlap of each image's predicted box with one of its ground-truth boxes.
 
     Args:
-        boxes: ``[n, 4]`` predictions, inside the image.
-        truth: ``[n, 4]`` true boxes, not clipped to the image.
+        predicted: ``[n, 4]``, one box an image, in the coordinates of ``truth``.
+        truth: n arrays ``[m, 4]``; an image without boxes gets NaN.
 
     Returns:
-        ``[n]`` in [0, 1].
+        ``[n]`` in [0, 1] or NaN.
+
+    Raises:
+        ValueError: The two do not describe the same number of images.
     """
-    shared = intersections(boxes, truth)
-    union = areas(boxes) + areas(truth) - shared
-    return shared / np.maximum(union, 1)
+    table = np.asarray(predicted).reshape(-1, 4)
+    if len(table) != len(truth):
+        raise ValueError(
+            f"iou: expected `truth` for {len(table)} predicted boxes, got {len(truth)} lists"
+        )
+    flat, owners = pair(truth)
+    return best(box_iou(table[owners], flat), owners, len(table))
 
 
-def f1(inside: ArrayLike, total: ArrayLike, truth_area: ArrayLike) -> NDArray[np.float64]:
+def pair(truth: Sequence[ArrayLike]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Lists of boxes as one, so that one call compares all of them.
+
+    Args:
+        truth: n arrays ``[m, 4]``; any may be empty.
+
+    Returns:
+        The boxes ``[N, 4]`` in order, and the image ``[N]`` that each belongs to.
+    """
+    tables = [np.asarray(boxes).reshape(-1, 4) for boxes in truth]
+    owners = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    return np.concatenate(tables) if tables else np.zeros((0, 4)), owners
+
+
+def best(scores: NDArray[Any], owners: NDArray[np.int64], images: int) -> NDArray[np.float64]:
+    """The highest score of each image over its true boxes; NaN for an image without any.
+
+    Args:
+        scores: ``[N]``, one per true box.
+        owners: ``[N]`` from `pair`.
+        images: Number of images.
+
+    Returns:
+        ``[images]``.
+    """
+    highest = np.full(images, np.nan)
+    np.fmax.at(highest, owners, scores)
+    return highest
+
+
+def mean(scores: NDArray[Any], owners: NDArray[np.int64], images: int) -> NDArray[np.float64]:
+    """The mean score of each image over its true boxes; NaN for an image without any.
+
+    Args:
+        scores: ``[N]``, one per true box.
+        owners: ``[N]`` from `pair`.
+        images: Number of images.
+
+    Returns:
+        ``[images]``.
+    """
+    counts = np.bincount(owners, minlength=images)
+    means = np.full(images, np.nan)
+    np.divide(np.bincount(owners, scores, minlength=images), counts, out=means, where=counts > 0)
+    return means
+
+
+def f1(inside: NDArray[Any], total: NDArray[Any], truth_area: NDArray[Any]) -> NDArray[np.float64]:
     """Continuous F1 of saliency maps against true boxes; 0 where the box holds no saliency.
 
     Args:
@@ -86,14 +151,13 @@ def f1(inside: ArrayLike, total: ArrayLike, truth_area: ArrayLike) -> NDArray[np
     Returns:
         ``[n]`` in [0, 1].
     """
-    held = np.asarray(inside, np.float64)
-    area = np.asarray(truth_area, np.float64)
+    held, whole = np.asarray(inside, np.float64), np.asarray(truth_area, np.float64)
     precision = held / (np.asarray(total, np.float64) + EPSILON)
-    recall = np.divide(held, area, out=np.zeros_like(held), where=area > 0)
-    return 2 * precision * recall / (precision + recall + EPSILON)
+    recall = np.divide(held, whole, out=np.zeros_like(held), where=whole > 0)
+    return np.asarray(2 * precision * recall / (precision + recall + EPSILON))
 
 
-def f1_of_boxes(boxes: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
+def f1_of_boxes(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
     """Continuous F1 of a saliency map that is 1 inside a box and 0 elsewhere.
 
     Args:
@@ -103,79 +167,34 @@ def f1_of_boxes(boxes: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
     Returns:
         ``[n]`` in [0, 1].
     """
-    return f1(intersections(boxes, truth), areas(boxes), areas(truth))
+    return f1(shared_area(boxes, truth), area(boxes), area(truth))
 
 
-def pair(truth: Sequence[ArrayLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Flatten lists of true boxes, so that one vectorised call can compare all of them.
-
-    Args:
-        truth: One ``[k_i, 4]`` list per image; an image may have none.
-
-    Returns:
-        The boxes ``[N, 4]`` and the image ``[N]`` that each belongs to, in order.
-    """
-    lists = [_boxes(boxes) for boxes in truth]
-    owners = np.repeat(np.arange(len(lists)), [len(boxes) for boxes in lists])
-    flat = np.concatenate(lists) if lists else np.zeros((0, 4), np.int64)
-    return flat, owners
-
-
-def best(scores: ArrayLike, owners: NDArray[np.int64], images: int) -> NDArray[np.float64]:
-    """Highest score of each image over its true boxes; NaN for an image without any.
+def localisation_error(overlap: NDArray[Any], threshold: float = THRESHOLD) -> float:
+    """LE: the share of images whose best overlap does not exceed the threshold.
 
     Args:
-        scores: ``[N]`` one score per true box.
-        owners: ``[N]`` from :func:`pair`.
-        images: Number of images.
+        overlap: ``[n]`` from `iou`, at least one image; NaN counts as not found.
+        threshold: An image counts as found when its overlap is strictly greater.
 
-    Returns:
-        ``[images]``.
+    Raises:
+        ValueError: No image.
     """
-    highest = np.full(images, np.nan)
-    np.fmax.at(highest, owners, np.asarray(scores, np.float64))
-    return highest
+    if not len(overlap):
+        raise ValueError("localisation_error: expected at least one image, got none")
+    return float(np.mean(~(np.asarray(overlap) > threshold)))
 
 
-def mean(scores: ArrayLike, owners: NDArray[np.int64], images: int) -> NDArray[np.float64]:
-    """Mean score of each image over its true boxes; NaN for an image without any.
+def centred_box(size: int) -> NDArray[np.int32]:
+    """The baseline that knows nothing: the middle of the square.
+
+    A margin of 33 pixels of 224 on every side leaves half of the area (the CASM authors' "center").
 
     Args:
-        scores: ``[N]`` one score per true box.
-        owners: ``[N]`` from :func:`pair`.
-        images: Number of images.
+        size: Side of the square in pixels.
 
     Returns:
-        ``[images]``.
+        ``[4]`` int32.
     """
-    sums = np.bincount(owners, np.asarray(scores, np.float64), minlength=images)
-    counts = np.bincount(owners, minlength=images)
-    return np.divide(sums, counts, out=np.full(images, np.nan), where=counts > 0)
-
-
-def best_iou(boxes: ArrayLike, truth: Sequence[ArrayLike]) -> NDArray[np.float64]:
-    """Highest IoU of each image's box over that image's true boxes; NaN for an image without any.
-
-    Args:
-        boxes: ``[n, 4]`` one prediction per image, inside the image.
-        truth: ``n`` lists ``[k_i, 4]`` of true boxes, not clipped to the image.
-
-    Returns:
-        ``[n]`` in [0, 1], or NaN.
-    """
-    predictions = _boxes(boxes)
-    flat, owners = pair(truth)
-    return best(iou(predictions[owners], flat), owners, len(predictions))
-
-
-def _boxes(boxes: ArrayLike) -> NDArray[np.int64]:
-    """``boxes`` as ``[n, 4]`` int64; an empty list is ``[0, 4]``."""
-    corners = np.asarray(boxes, np.int64)
-    if corners.size == 0:
-        return corners.reshape(0, 4)
-    if corners.ndim != 2 or corners.shape[1] != 4:
-        raise ValueError(
-            "expected boxes [n, 4] as (x0, y0, x1, y1), "
-            f"got an array of shape {list(corners.shape)}"
-        )
-    return corners
+    margin = round(size * 33 / 224)
+    return np.array([margin, margin, size - margin, size - margin], np.int32)

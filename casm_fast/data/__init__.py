@@ -1,0 +1,53 @@
+"""Images: ImageNet in every layout, folders, the embedded set; decoding, geometry, batches."""
+
+from casm_fast.data.decoding import DecodeError, decode, decode_bytes
+from casm_fast.data.folder import FolderSource
+from casm_fast.data.geometry import Geometry, Policy, geometry
+from casm_fast.data.imagenet import ImageNetSource
+from casm_fast.data.loading import (
+    ImageBatch,
+    TrainingBatch,
+    batches_per_epoch,
+    evaluation_batches,
+    training_batches,
+)
+from casm_fast.data.localization import box_iou, centred_box, iou, localisation_error
+from casm_fast.data.source import ImageSource, open_source
+from casm_fast.data.synthetic import SyntheticSource, generate, write_tree
+from casm_fast.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    denormalize,
+    normalize,
+    resize,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "DecodeError",
+    "FolderSource",
+    "Geometry",
+    "ImageBatch",
+    "ImageNetSource",
+    "ImageSource",
+    "Policy",
+    "SyntheticSource",
+    "TrainingBatch",
+    "batches_per_epoch",
+    "box_iou",
+    "centred_box",
+    "decode",
+    "decode_bytes",
+    "denormalize",
+    "evaluation_batches",
+    "generate",
+    "geometry",
+    "iou",
+    "localisation_error",
+    "normalize",
+    "open_source",
+    "resize",
+    "training_batches",
+    "write_tree",
+]

@@ -1,0 +1,128 @@
+"""Image files to pixels: one rule for every kind of file, one clear error for every broken one.
+
+| file | rule |
+|---|---|
+| EXIF orientation | applied: the array is the upright picture |
+| grey, palette, CMYK, YCbCr, LAB, one bit | converted to RGB by Pillow; embedded colour profiles are not applied |
+| 16 bits a channel | the upper 8 (grey rounded to nearest) |
+| floating point | [0, 1] when no value exceeds 1, else [0, 255]; rounded, clipped |
+| alpha, transparent palette entries | composited on white |
+| animated, several pages | the first frame |
+| truncated, unreadable, not an image, larger than `PIL.Image.MAX_IMAGE_PIXELS` | `DecodeError` |
+
+Sources take a `Decoder`, any function of this module's signature, so that another library can read
+the files.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Decoder = Callable[[Path], NDArray[np.uint8]]
+"""A file's path to ``[H, W, 3]`` uint8 RGB, upright; raises `DecodeError`."""
+
+# What Pillow's readers raise on bad data, besides its own DecompressionBomb classes.
+_BAD_DATA = (
+    OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError, OverflowError,
+    MemoryError, RuntimeError, AttributeError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+class DecodeError(ValueError):
+    """A file is not a picture that can be read; the message names it and says why."""
+
+
+def decode(path: Path) -> NDArray[np.uint8]:
+    """Reads an image file; see the module for the rules.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``[H, W, 3]`` uint8 RGB.
+
+    Raises:
+        DecodeError: The file is missing, truncated, too large or no image.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DecodeError(f"cannot read {path}: {error.strerror or error}") from error
+    return decode_bytes(data, str(path))
+
+
+def decode_bytes(data: bytes, name: str) -> NDArray[np.uint8]:
+    """Decodes an image file that is already in memory.
+
+    Args:
+        data: The file's content.
+        name: What an error calls it.
+
+    Returns:
+        ``[H, W, 3]`` uint8 RGB.
+
+    Raises:
+        DecodeError: The data is truncated, too large or no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = image.width * image.height
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is None or pixels <= limit:
+                return _upright_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError(
+            f"cannot decode {name}: it has more than PIL.Image.MAX_IMAGE_PIXELS pixels "
+            f"({Image.MAX_IMAGE_PIXELS}); raise that limit if the file is trusted"
+        ) from error
+    except UnidentifiedImageError as error:
+        reason = "it is empty" if not data else "it is not an image of a known format"
+        raise DecodeError(f"cannot decode {name}: {reason}") from error
+    except _BAD_DATA as error:
+        raise DecodeError(f"cannot decode {name}: {error or type(error).__name__}") from error
+    raise DecodeError(
+        f"cannot decode {name}: it has {pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS "
+        f"({limit}); raise that limit if the file is trusted"
+    )
+
+
+def _upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    image.load()
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _eight_bits(image)
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, layer)
+    return np.array(image.convert("RGB"), np.uint8)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of more than 8 bits, which Pillow's own conversion would clip at 255."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        scale = 255.0 if np.nanmax(values, initial=0.0) <= 1 else 1.0
+        values = np.nan_to_num(values, nan=0.0) * scale
+    else:
+        values = values / 257  # 65535 -> 255
+    grey = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    grey.info = {key: value for key, value in image.info.items() if key == "exif"}
+    return grey

@@ -1,0 +1,82 @@
+"""A folder of images, with class subfolders or flat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from casm_fast.data.decoding import Decoder, decode
+from casm_fast.data.listing import check_folder, class_listing, image_names, subfolders
+
+
+class FolderSource:
+    """An `ImageSource` over any folder.
+
+    Subfolders are classes, labelled in the order of their names, and may hold further folders. When
+    images lie in the folder itself the set is flat: no classes, every label -1, and images of
+    subfolders belong to it too.
+
+    Attributes:
+        name: "folder:<path>".
+        classes: Names of the class folders; () for a flat set.
+        has_boxes: Always false.
+        root: The folder.
+        files: Paths relative to ``root``.
+    """
+
+    has_boxes = False
+
+    def __init__(self, root: str | Path, *, decoder: Decoder = decode) -> None:
+        """Lists the folder.
+
+        Args:
+            root: The folder.
+            decoder: Reads one file.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or no image in it.
+            NotADirectoryError: It is a file.
+            ValueError: A class folder holds no image.
+        """
+        self.root = Path(root)
+        check_folder(self.root, "folder")
+        self._decoder = decoder
+        self.name = f"folder:{self.root}"
+        self.files: list[str]
+        labels: list[int]
+        if image_names(self.root):
+            self.classes: tuple[str, ...] = ()
+            self.files = image_names(self.root, recursive=True)
+            labels = [-1] * len(self.files)
+        else:
+            self.classes = tuple(subfolders(self.root))
+            if not image_names(self.root, recursive=True):
+                raise FileNotFoundError(
+                    f"folder: expected image files in {self.root}, got none; give a folder of images "
+                    "or one that holds a folder per class"
+                )
+            self.files, labels = class_listing(self.root, list(self.classes))
+        self._labels = np.array(labels, np.int64)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.files)
+
+    def image_id(self, index: int) -> str:
+        """The path relative to the folder."""
+        return self.files[index]
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
+        return self._decoder(self.root / self.files[index])
+
+    def label(self, index: int) -> int:
+        """The class of the image, -1 in a flat folder."""
+        return int(self._labels[index])
+
+    def boxes(self, index: int) -> NDArray[np.int32]:
+        """No boxes, ``[0, 4]``."""
+        del index
+        return np.zeros((0, 4), np.int32)

@@ -1,0 +1,117 @@
+"""Where original pixels land in the network's square, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Policy = Literal["crop", "squash"]
+"""How a picture becomes a square: "crop" resizes the shorter side and takes the centre; "squash"
+resizes both sides on their own."""
+
+# Far above the error of a float64 round trip, far below what a pixel of either grid matters.
+_SLACK = 1e-6
+
+
+def check_policy(policy: str) -> None:
+    """Raises ValueError unless ``policy`` is "crop" or "squash"."""
+    if policy not in ("crop", "squash"):
+        raise ValueError(f'expected resize policy "crop" or "squash", got {policy!r}')
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The map from a picture to the network's square: network = original * scale - offset.
+
+    Attributes:
+        scale_y: Network pixels per original pixel, along y.
+        scale_x: The same along x.
+        offset_y: Network pixels cut off above the square.
+        offset_x: Network pixels cut off left of it.
+        height: Of the original, in pixels.
+        width: Of the original, in pixels.
+    """
+
+    scale_y: float
+    scale_x: float
+    offset_y: float
+    offset_x: float
+    height: int
+    width: int
+
+    def to_network(self, boxes: NDArray[Any]) -> NDArray[np.int32]:
+        """Boxes of the original in network pixels, by the rule of the CASM authors' scoring.
+
+        Each coordinate is scaled, shifted and truncated towards zero. Nothing is clipped: a box that
+        leaves the crop keeps its area, and so costs a prediction that cannot reach it.
+
+        Args:
+            boxes: ``[n, 4]`` (x0, y0, x1, y1) in original pixels.
+
+        Returns:
+            ``[n, 4]`` int32 in network pixels, possibly negative or beyond the square.
+        """
+        table = np.asarray(boxes, np.float64).reshape(-1, 4)
+        return np.trunc(table * self._scales() - self._offsets()).astype(np.int32)
+
+    def to_original(self, boxes: NDArray[Any]) -> NDArray[np.int32]:
+        """Boxes of the network's square in original pixels.
+
+        Rounded outwards, so that the result covers every original pixel the box touches, then clipped to
+        the picture. An empty box becomes (0, 0, 0, 0).
+
+        Args:
+            boxes: ``[n, 4]`` (x0, y0, x1, y1), half-open, in network pixels.
+
+        Returns:
+            ``[n, 4]`` int32 half-open, in original pixels.
+        """
+        table = np.asarray(boxes, np.float64).reshape(-1, 4)
+        exact = (table + self._offsets()) / self._scales()
+        low = np.floor(exact[:, :2] + _SLACK)
+        high = np.ceil(exact[:, 2:] - _SLACK)
+        sides = np.array([self.width, self.height] * 2)
+        result: NDArray[np.int32] = np.clip(np.concatenate([low, high], axis=1), 0, sides).astype(
+            np.int32
+        )
+        result[np.any(table[:, 2:] <= table[:, :2], axis=1)] = 0
+        return result
+
+    def _scales(self) -> NDArray[np.float64]:
+        return np.array([self.scale_x, self.scale_y] * 2)
+
+    def _offsets(self) -> NDArray[np.float64]:
+        return np.array([self.offset_x, self.offset_y] * 2)
+
+
+def geometry(height: int, width: int, size: int, policy: Policy = "crop") -> Geometry:
+    """How a picture of this size lands in a square.
+
+    "crop": the shorter side becomes ``size`` and half of the longer side's excess is cut from each end.
+    The excess is not rounded, as in the CASM authors' scoring; the pixels themselves are cut at the
+    nearest whole pixel (see `casm_fast.data.transforms.resize`).
+
+    Args:
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+        size: Side of the square.
+        policy: "crop" or "squash".
+
+    Raises:
+        ValueError: A side below 1, or another policy.
+    """
+    check_policy(policy)
+    if min(height, width, size) < 1:
+        raise ValueError(
+            "geometry: expected `height`, `width` and `size` of at least 1, "
+            f"got {height}, {width} and {size}"
+        )
+    if policy == "squash":
+        return Geometry(size / height, size / width, 0.0, 0.0, height, width)
+    scale = size / min(height, width)
+    offset_y = 0.0 if height <= width else (height * scale - size) / 2
+    offset_x = 0.0 if width <= height else (width * scale - size) / 2
+    return Geometry(scale, scale, offset_y, offset_x, height, width)

@@ -1,0 +1,116 @@
+"""What every set of images looks like to the rest of the package, and how a spec opens one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from casm_fast.data.folder import FolderSource
+from casm_fast.data.imagenet import ImageNetSource, images_root
+from casm_fast.data.synthetic import open_synthetic
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """A set of images; any object with these members will do.
+
+    Methods may be called from several threads at once.
+    """
+
+    @property
+    def name(self) -> str:
+        """The spec that opens the set again, such as "imagenet-val:/data/ILSVRC"."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names by label; () when unknown."""
+        ...
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether images come with ground-truth boxes."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def image_id(self, index: int) -> str:
+        """Unique and stable: the file's stem for ImageNet val, a relative path elsewhere."""
+        ...
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """``[H, W, 3]`` uint8 RGB, upright; raises `casm_fast.data.DecodeError`."""
+        ...
+
+    def label(self, index: int) -> int:
+        """The class, -1 when unknown."""
+        ...
+
+    def boxes(self, index: int) -> NDArray[np.int32]:
+        """``[n, 4]`` (x0, y0, x1, y1) half-open in pixels of the image; n = 0 when there are none."""
+        ...
+
+
+@runtime_checkable
+class ArraySource(ImageSource, Protocol):
+    """A set that lies in memory at one size: loading takes slices instead of single images."""
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """``[N, S, S, 3]`` uint8 RGB."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """``[N]``."""
+        ...
+
+
+def open_source(spec: str | Path | ImageSource, split: str = "val") -> ImageSource:
+    """Opens a set of images.
+
+    | spec | what |
+    |---|---|
+    | "synthetic", "synthetic:seed=3,images=400,size=64,classes=8" | the embedded set, drawn on the spot |
+    | "imagenet:DIR" | ImageNet in any layout, the split asked for |
+    | "imagenet-val:DIR", "imagenet-train:DIR" | that split, whatever is asked for |
+    | "folder:DIR" | class subfolders, or one flat folder; has no splits |
+    | a path | ImageNet when it holds train or val folders, else a folder |
+    | an `ImageSource` | itself |
+
+    Args:
+        spec: What to open.
+        split: "train" or "val", for sets that have both.
+
+    Raises:
+        FileNotFoundError: The path, or every image in it, is missing.
+        ValueError: An unknown split or option, or a tree that contradicts itself.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f'open_source: expected `split` "train" or "val", got {split!r}')
+    if not isinstance(spec, (str, Path)):
+        return spec
+    kind, colon, rest = str(spec).partition(":")
+    if kind == "synthetic":
+        return open_synthetic(rest, split)
+    if colon and kind in ("imagenet", "imagenet-val", "imagenet-train", "folder"):
+        if not rest:
+            raise ValueError(f'open_source: expected a path after "{kind}:", got none')
+        if kind == "folder":
+            return FolderSource(rest)
+        return ImageNetSource(rest, kind.partition("-")[2] or split)
+    path = Path(spec)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"open_source: there is no {path}; give an existing path, synthetic, imagenet:DIR, "
+            "imagenet-val:DIR or folder:DIR"
+        )
+    if images_root(path) is not None:
+        return ImageNetSource(path, split)
+    return FolderSource(path)

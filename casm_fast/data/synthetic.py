@@ -1,0 +1,523 @@
+"""The embedded set: pictures of shapes with textures, drawn from a seed in a second or two.
+
+A class is a pair (shape, texture): "striped disc", "striped star", "dotted square", … The texture
+alone never names the class, and it tells something about it wherever a piece of the object shows, so
+a mask that hides the class must hide the whole object.
+Size, place, angle, proportions, colours and the ground are random and say nothing about the class;
+nor do the distractors, which wear the same colours and textures on shapes that belong to no class.
+Some pictures show two or three objects of their class.
+
+The same scenes can be written as a tree of JPEG files in ImageNet's layout (`write_tree`), drawn anew
+at every file's own size and aspect ratio.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from casm_fast.data.drawing import (
+    CLASS_SHAPES,
+    CLASS_TEXTURES,
+    SHAPES,
+    TEXTURES,
+    Backgrounds,
+    Items,
+    View,
+    colour,
+    paint,
+)
+
+IMAGES = {"train": 4000, "val": 1000}
+"""How many pictures each split has when nothing else is said."""
+
+DISTRACTORS = 3  # slots painted first
+OBJECTS = 3  # slots painted last, on top
+_OBJECT_SLOTS = slice(DISTRACTORS, DISTRACTORS + OBJECTS)
+_BLOCK = 128  # scenes per random stream and per drawing pass: its planes fit the cache
+
+Layout = Literal["folders", "flat", "kaggle"]
+_Table = TypeVar("_Table", Items, Backgrounds)
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticSource:
+    """An embedded set in memory; an `ImageSource`.
+
+    Attributes:
+        name: The spec that opens it again.
+        classes: Class names by label.
+        images: ``[N, S, S, 3]`` uint8 RGB.
+        labels: ``[N]`` int64.
+        masks: ``[N, S, S]`` bool, the union of the objects of the picture's class.
+        split: "train" or "val"; the two share no picture.
+        items: What the scenes show.
+        grounds: What it is painted on.
+        box_table: ``[M, 4]`` int32 boxes of all pictures, one after the other.
+        box_starts: ``[N + 1]``, where each picture's boxes begin in ``box_table``.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    masks: NDArray[np.bool_]
+    split: str
+    items: Items
+    grounds: Backgrounds
+    box_table: NDArray[np.int32]
+    box_starts: NDArray[np.int64]
+
+    @property
+    def has_boxes(self) -> bool:
+        """Always true."""
+        return True
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.images)
+
+    def image_id(self, index: int) -> str:
+        """Such as "val-000017"."""
+        return f"{self.split}-{range(len(self))[index]:06d}"
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """The picture, ``[S, S, 3]`` uint8 RGB."""
+        picture: NDArray[np.uint8] = self.images[index]
+        return picture
+
+    def label(self, index: int) -> int:
+        """The class of the picture."""
+        return int(self.labels[index])
+
+    def boxes(self, index: int) -> NDArray[np.int32]:
+        """Tight half-open boxes (x0, y0, x1, y1) of the objects, ``[n, 4]``, n from 1 to 3."""
+        index = range(len(self))[index]
+        return self.box_table[self.box_starts[index] : self.box_starts[index + 1]]
+
+
+def class_names(classes: int) -> tuple[str, ...]:
+    """The names of the first classes.
+
+    Eight shapes, then the same shapes in another of the four textures, and so on: of the first
+    eight classes two wear each texture, a compact shape and one with notches.
+
+    Args:
+        classes: 2 to 32.
+
+    Raises:
+        ValueError: The number is outside that range.
+    """
+    most = CLASS_SHAPES * CLASS_TEXTURES
+    if not 2 <= classes <= most:
+        raise ValueError(f"synthetic: expected `classes` from 2 to {most}, got {classes}")
+    shapes, textures = list(SHAPES), list(TEXTURES)
+    return tuple(f"{textures[t]} {shapes[s]}" for s, t in (_pair(k) for k in range(classes)))
+
+
+def generate(
+    images: int,
+    size: int = 64,
+    classes: int = 8,
+    seed: int = 0,
+    *,
+    split: str = "train",
+    workers: int = 2,
+) -> SyntheticSource:
+    """Draws a set.
+
+    The k-th picture depends on (seed, split, size, classes, k) alone: a larger set begins with the
+    pictures of a smaller one, and the number of workers does not matter.
+
+    Args:
+        images: How many, 1 or more.
+        size: Side of the square pictures in pixels, 16 or more.
+        classes: 2 to 32, see `class_names`.
+        seed: 0 or more.
+        split: "train" or "val"; they draw from separate random streams.
+        workers: Threads.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    names = class_names(classes)
+    if split not in IMAGES:
+        raise ValueError(f'synthetic: expected `split` "train" or "val", got {split!r}')
+    for argument, value, least in (("images", images, 1), ("size", size, 16), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"synthetic: expected `{argument}` of at least {least}, got {value}")
+
+    pictures = np.empty((images, size, size, 3), np.uint8)
+    masks = np.empty((images, size, size), np.bool_)
+    starts = range(0, images, _BLOCK)
+
+    def draw(start: int) -> tuple[NDArray[np.int64], Items, Backgrounds, list[NDArray[np.int32]]]:
+        count = min(_BLOCK, images - start)
+        stream = np.random.SeedSequence([seed, list(IMAGES).index(split), start // _BLOCK])
+        labels, items, grounds = _sample(np.random.default_rng(stream), classes, start)
+        first = slice(0, count)
+        labels, items, grounds = labels[first], _rows(items, first), _rows(grounds, first)
+        block = slice(start, start + count)
+        pictures[block], parts = paint(items, grounds, View(size, size), _OBJECT_SLOTS)
+        masks[block] = parts.any(axis=1)
+        return labels, items, grounds, [_boxes(part) for part in parts]
+
+    with ThreadPoolExecutor(workers) as pool:
+        blocks = list(pool.map(draw, starts))
+    boxes = [of_picture for block in blocks for of_picture in block[3]]
+    options = [f"seed={seed}"] * (seed != 0) + [f"images={images}"] * (images != IMAGES[split])
+    options += [f"size={size}"] * (size != 64) + [f"classes={classes}"] * (classes != 8)
+    return SyntheticSource(
+        name="synthetic:" + ",".join([split, *options]),
+        classes=names,
+        images=pictures,
+        labels=np.concatenate([block[0] for block in blocks]),
+        masks=masks,
+        split=split,
+        items=_join([block[1] for block in blocks]),
+        grounds=_join([block[2] for block in blocks]),
+        box_table=np.concatenate(boxes),
+        box_starts=np.cumsum([0, *map(len, boxes)]),
+    )
+
+
+def open_synthetic(options: str, split: str) -> SyntheticSource:
+    """Opens the set of a spec.
+
+    Args:
+        options: What follows "synthetic:", such as "" or "val,seed=3,images=400,size=96,classes=16". A
+            leading "train" or "val" overrides ``split``; ``images`` is the size of the split opened.
+        split: "train" or "val".
+
+    Raises:
+        ValueError: An unknown option, or a value out of range.
+    """
+    values: dict[str, int] = {}
+    for option in filter(None, (part.strip() for part in options.split(","))):
+        if option in IMAGES:
+            split = option
+            continue
+        key, _, value = option.partition("=")
+        if key not in ("images", "size", "classes", "seed") or not value.isdecimal():
+            raise ValueError(
+                "synthetic: expected options among train, val, images=N, size=N, classes=N, seed=N, "
+                f"got {option!r}"
+            )
+        values[key] = int(value)
+    if split not in IMAGES:
+        raise ValueError(f'synthetic: expected `split` "train" or "val", got {split!r}')
+    return generate(
+        values.get("images", IMAGES[split]),
+        values.get("size", 64),
+        values.get("classes", 8),
+        values.get("seed", 0),
+        split=split,
+    )
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def _pair(label: int) -> tuple[int, int]:
+    """(shape, texture) of a label: a Latin square, so that the first labels share the least."""
+    return label % CLASS_SHAPES, (label + label // CLASS_SHAPES) % CLASS_TEXTURES
+
+
+def _sample(
+    rng: np.random.Generator, classes: int, start: int
+) -> tuple[NDArray[np.int64], Items, Backgrounds]:
+    """One block of scenes with balanced labels; always a whole block, so that prefixes agree."""
+    n, slots = _BLOCK, DISTRACTORS + OBJECTS
+    labels = rng.permutation((np.arange(n) + start) % classes)
+    pairs = np.array([_pair(label) for label in range(classes)])
+
+    several = rng.random(n)
+    objects = 1 + (several < 0.25).astype(np.int64) + (several < 0.07)
+    shape = rng.integers(CLASS_SHAPES, len(SHAPES), (n, slots))
+    worn, plain = np.unique(pairs[:, 1]), len(TEXTURES) - 1
+    texture = np.where(
+        rng.random((n, slots)) < 0.5, plain, worn[rng.integers(0, len(worn), (n, slots))]
+    )
+    shape[:, DISTRACTORS:] = pairs[labels, 0, None]
+    texture[:, DISTRACTORS:] = pairs[labels, 1, None]
+
+    radius = rng.uniform(0.09, 0.2, (n, slots))
+    radius[:, DISTRACTORS:] = (
+        rng.uniform(0.16, 0.37, (n, OBJECTS)) * np.where(objects > 1, 0.72, 1.0)[:, None]
+    )
+    present = np.empty((n, slots), np.bool_)
+    present[:, :DISTRACTORS] = np.arange(DISTRACTORS) < rng.integers(0, DISTRACTORS + 1, n)[:, None]
+    present[:, DISTRACTORS:] = np.arange(OBJECTS) < objects[:, None]
+    centre, present = _place(rng, radius, present)
+
+    items = Items(
+        present=present,
+        shape=shape,
+        texture=texture,
+        centre=centre.astype(np.float32),
+        radius=radius.astype(np.float32),
+        angle=rng.uniform(0, 2 * np.pi, (n, slots)).astype(np.float32),
+        stretch=np.exp(rng.uniform(-0.16, 0.16, (n, slots))).astype(np.float32),
+        period=rng.uniform(0.085, 0.115, (n, slots)).astype(np.float32),
+        phase=rng.random((n, slots, 2)).astype(np.float32),
+        colours=_item_colours(rng, (n, slots)),
+    )
+    return labels, items, _sample_grounds(rng, n)
+
+
+def _place(
+    rng: np.random.Generator, radius: NDArray[np.float64], present: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Centres that keep the items inside the square and apart; what finds no room is left out.
+
+    Objects are placed before distractors, so the first object always finds room.
+    """
+    n, slots = radius.shape
+    tries = 16
+    centre = np.zeros((n, slots, 2))
+    placed = np.zeros_like(present)
+    rows = np.arange(n)
+    for slot in (*range(DISTRACTORS, slots), *range(DISTRACTORS)):
+        r = radius[:, slot, None, None]
+        candidates = r + rng.random((n, tries, 2)) * (1 - 2 * r)
+        gap = candidates[:, :, None] - centre[:, None]  # [n, tries, slots, 2]
+        near = np.sqrt((gap**2).sum(-1)) < 1.02 * (r + radius[:, None])
+        free = ~(near & placed[:, None]).any(-1)  # [n, tries]
+        centre[:, slot] = candidates[rows, free.argmax(-1)]
+        placed[:, slot] = present[:, slot] & free.any(-1)
+    return centre, placed
+
+
+def _item_colours(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Two colours per item, one light and one dark, of related hues."""
+    light, dark = rng.uniform(0.76, 0.93, shape), rng.uniform(0.36, 0.56, shape)
+    swap = rng.random(shape) < 0.5
+    hue = rng.uniform(0, 2 * np.pi, shape)
+    turn = rng.uniform(-1.2, 1.2, shape)
+    first = colour(np.where(swap, dark, light), rng.uniform(0.08, 0.18, shape), hue)
+    second = colour(np.where(swap, light, dark), rng.uniform(0.03, 0.16, shape), hue + turn)
+    return np.stack([first, second], axis=2)
+
+
+def _sample_grounds(rng: np.random.Generator, n: int) -> Backgrounds:
+    spread = rng.uniform(0.06, 0.15, (n, 1)) * rng.choice([-1.0, 1.0], (n, 1)) * [1, -1, 0]
+    lightness = rng.uniform(0.38, 0.82, (n, 1)) + spread + rng.uniform(-0.05, 0.05, (n, 3))
+    hue = rng.uniform(0, 2 * np.pi, (n, 1)) + rng.uniform(-0.9, 0.9, (n, 3))
+    angle = rng.uniform(0, np.pi, (n, 1)) + np.array([0, np.pi / 2])
+    frequency = rng.uniform(2.0, 6.5, (n, 2))
+    waves = np.stack(
+        [
+            frequency * np.sin(angle),
+            frequency * np.cos(angle),
+            rng.random((n, 2)),
+            rng.uniform(0, 2.5, (n, 2)),
+        ],
+        axis=-1,
+    )
+    # A ground may be stripes, a weave, checks or clouds: each strength is zero half of the time.
+    strength = rng.uniform(0.15, 0.5, (n, 3)) * (rng.random((n, 3)) < 0.5)
+    return Backgrounds(
+        colours=colour(lightness.clip(0.25, 0.95), rng.uniform(0.015, 0.075, (n, 3)), hue),
+        coarse=rng.random((n, 6, 6), np.float32),
+        fine=rng.random((n, 16, 16), np.float32),
+        waves=waves.astype(np.float32),
+        strength=strength.astype(np.float32),
+        grain=rng.uniform(0.006, 0.03, n).astype(np.float32),
+        seed=rng.integers(0, 2**62, n),
+    )
+
+
+def _boxes(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Tight half-open boxes of the masks ``[slots, H, W]`` that show anything, ``[n, 4]``."""
+    found = []
+    for mask in masks:
+        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if ys.size:
+            found.append((xs[0], ys[0], xs[-1] + 1, ys[-1] + 1))
+    return np.array(found, np.int32).reshape(-1, 4)
+
+
+def _rows(table: _Table, rows: slice) -> _Table:
+    return type(table)(*(getattr(table, field.name)[rows] for field in fields(table)))
+
+
+def _join(tables: Sequence[_Table]) -> _Table:
+    columns = (
+        np.concatenate([getattr(table, field.name) for table in tables])
+        for field in fields(tables[0])
+    )
+    return type(tables[0])(*columns)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_tree(
+    root: str | Path,
+    train: SyntheticSource | None,
+    val: SyntheticSource | None,
+    *,
+    layout: Layout = "folders",
+    annotations: str = "Annotations/CLS-LOC/val",
+    sides: tuple[int, int] = (80, 160),
+    aspect: float = 1.6,
+    quality: int = 92,
+    greyscale: float = 0.0,
+    rotated: float = 0.0,
+    seed: int = 0,
+    workers: int = 2,
+) -> Path:
+    """Writes embedded sets as JPEG files in ImageNet's layout, with PASCAL VOC annotations for val.
+
+    Every scene is drawn anew at the size of its file: the scene's square is one shorter side wide, the
+    longer side shows more ground. Boxes are those of the drawn masks; they stand in the XML as half-open
+    coordinates, the way `casm_fast.data.imagenet` reads them. The folders' names are invented WordNet
+    ids, n90000000 for label 0; ``LOC_synset_mapping.txt`` says what they stand for.
+
+    Args:
+        root: Folder to write into; created when missing.
+        train: The training split, or None for none.
+        val: The validation split, or None for none.
+        layout: "folders" has train/<wnid>/ and val/<wnid>/, "flat" has all of val in val/, "kaggle" is
+            ILSVRC/Data/CLS-LOC/{train,val} with a flat val, ILSVRC/Annotations and
+            LOC_val_solution.csv.
+        annotations: Folder of the XML files below ``root``, for example "annotations"; the Kaggle layout
+            has its own.
+        sides: Least and largest shorter side in pixels.
+        aspect: The longer side is at most this many times the shorter one; two thirds of the pictures
+            are wider than high.
+        quality: Of the JPEG files.
+        greyscale: Share of the files that hold one channel.
+        rotated: Share of the files whose pixels lie rotated under an EXIF orientation tag; size and boxes
+            in their XML are those of the upright picture.
+        seed: Of the sizes and the oddities.
+        workers: Threads.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    if layout not in ("folders", "flat", "kaggle"):
+        raise ValueError(
+            f'write_tree: expected `layout` "folders", "flat" or "kaggle", got {layout!r}'
+        )
+    if not 16 <= sides[0] <= sides[1]:
+        raise ValueError(f"write_tree: expected `sides` of 16 <= least <= largest, got {sides}")
+    if aspect < 1:
+        raise ValueError(f"write_tree: expected `aspect` of at least 1, got {aspect}")
+    root = Path(root)
+    pictures = root / "ILSVRC/Data/CLS-LOC" if layout == "kaggle" else root
+    notes = root / ("ILSVRC/Annotations/CLS-LOC/val" if layout == "kaggle" else annotations)
+    solution: list[tuple[str, str]] = []
+    splits = [(name, source) for name, source in (("train", train), ("val", val)) if source]
+    for name, source in splits:
+        nested = name == "train" or layout == "folders"
+        for label in range(len(source.classes)):
+            folder = pictures / name / wnid(label) if nested else pictures / name
+            folder.mkdir(parents=True, exist_ok=True)
+        if name == "val":
+            notes.mkdir(parents=True, exist_ok=True)
+
+        def write(index: int, name: str = name, source: SyntheticSource = source) -> str:
+            rng = np.random.default_rng([seed, list(IMAGES).index(name), index])
+            image, boxes = _draw_at_size(source, index, rng, sides, aspect)
+            label = wnid(source.label(index))
+            stem = f"{label}_{index + 1}" if name == "train" else f"ILSVRC2012_val_{index + 1:08d}"
+            folder = pictures / name / (label if name == "train" or layout == "folders" else "")
+            _write_jpeg(
+                folder / f"{stem}.JPEG",
+                image,
+                quality=quality,
+                grey=bool(rng.random() < greyscale),
+                rotate=bool(rng.random() < rotated),
+            )
+            if name == "val":
+                _write_annotation(notes / f"{stem}.xml", label, image.shape[:2], boxes)
+            return " ".join(f"{label} {x0} {y0} {x1} {y1}" for x0, y0, x1, y1 in boxes)
+
+        with ThreadPoolExecutor(workers) as pool:
+            predictions = list(pool.map(write, range(len(source))))
+        if name == "val":
+            stems = (f"ILSVRC2012_val_{index + 1:08d}" for index in range(len(source)))
+            solution = list(zip(stems, predictions, strict=True))
+    if splits:
+        names = splits[0][1].classes
+        lines = (f"{wnid(label)} {name}\n" for label, name in enumerate(names))
+        (root / "LOC_synset_mapping.txt").write_text("".join(lines), encoding="utf-8")
+    if layout == "kaggle" and solution:
+        with (root / "LOC_val_solution.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("ImageId", "PredictionString"), *solution])
+    return root
+
+
+def wnid(label: int) -> str:
+    """The invented WordNet id of a label in a written tree."""
+    return f"n{90_000_000 + label}"
+
+
+def _draw_at_size(
+    source: SyntheticSource,
+    index: int,
+    rng: np.random.Generator,
+    sides: tuple[int, int],
+    aspect: float,
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    side = int(rng.integers(sides[0], sides[1] + 1))
+    long = round(side * float(np.exp(rng.uniform(0, np.log(aspect)))))
+    # The square stays near the middle: at most a quarter of the extra ground off the centre.
+    offset = (long - side) / side * float(rng.uniform(0.25, 0.75))
+    wide = rng.random() < 2 / 3
+    view = View(side, long, left=offset) if wide else View(long, side, top=offset)
+    scene = slice(index, index + 1)
+    items, grounds = _rows(source.items, scene), _rows(source.grounds, scene)
+    images, masks = paint(items, grounds, view, _OBJECT_SLOTS)
+    return images[0], _boxes(masks[0])
+
+
+def _write_jpeg(
+    path: Path, image: NDArray[np.uint8], *, quality: int, grey: bool, rotate: bool
+) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    if grey:
+        picture = picture.convert("L")
+    exif = Image.Exif()
+    if rotate:
+        picture = picture.transpose(Image.Transpose.ROTATE_90)
+        exif[0x0112] = 6  # Orientation: turn 90 degrees clockwise to display
+    picture.save(path, "JPEG", quality=quality, exif=exif)
+
+
+def _write_annotation(
+    path: Path, label: str, size: tuple[int, ...], boxes: NDArray[np.int32]
+) -> None:
+    root = ElementTree.Element("annotation")
+
+    def add(parent: ElementTree.Element, tag: str, text: object) -> None:
+        ElementTree.SubElement(parent, tag).text = str(text)
+
+    add(root, "folder", "val")
+    add(root, "filename", path.stem)
+    shape = ElementTree.SubElement(root, "size")
+    for tag, value in zip(("width", "height", "depth"), (size[1], size[0], 3), strict=True):
+        add(shape, tag, value)
+    add(root, "segmented", 0)
+    for box in boxes:
+        thing = ElementTree.SubElement(root, "object")
+        add(thing, "name", label)
+        bounds = ElementTree.SubElement(thing, "bndbox")
+        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
+            add(bounds, tag, int(value))
+    ElementTree.indent(root, "\t")
+    ElementTree.ElementTree(root).write(path)

@@ -1,0 +1,124 @@
+"""Pixels of a picture to the network's input."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from casm_fast.data.geometry import Policy, check_policy
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's training pixels in [0, 1], RGB; what torchvision's classifiers expect."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Their standard deviation."""
+
+
+def resize(image: NDArray[np.uint8], size: int, policy: Policy = "crop") -> NDArray[np.uint8]:
+    """A picture as a square, bilinear with antialiasing.
+
+    "crop" gives the pixels of torchvision's ``Resize(size)`` followed by ``CenterCrop(size)`` on a PIL
+    picture, "squash" those of ``Resize((size, size))``.
+
+    Args:
+        image: ``[H, W, 3]`` uint8 RGB.
+        size: Side of the square in pixels.
+        policy: "crop" or "squash".
+
+    Returns:
+        ``[size, size, 3]`` uint8. The input itself when it has that shape already.
+    """
+    check_policy(policy)
+    if size < 1:
+        raise ValueError(f"resize: expected `size` of at least 1, got {size}")
+    height, width = image.shape[:2]
+    if height == width == size:
+        return image
+    if policy == "squash":
+        return _scaled(image, size, size)
+    short, long = sorted((height, width))
+    long = int(size * long / short)
+    image = _scaled(image, *((size, long) if height <= width else (long, size)))
+    cut = round((long - size) / 2)
+    return image[:, cut : cut + size] if height <= width else image[cut : cut + size]
+
+
+def crop_and_resize(
+    image: NDArray[np.uint8], top: int, left: int, height: int, width: int, size: int
+) -> NDArray[np.uint8]:
+    """A rectangle of a picture as a square, bilinear with antialiasing.
+
+    Args:
+        image: ``[H, W, 3]`` uint8 RGB.
+        top: First row of the rectangle.
+        left: First column.
+        height: Rows.
+        width: Columns.
+        size: Side of the square in pixels.
+
+    Returns:
+        ``[size, size, 3]`` uint8.
+    """
+    return _scaled(image[top : top + height, left : left + width], size, size)
+
+
+def _scaled(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def normalize(
+    images: Tensor,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:
+    """(x / 255 - mean) / std, on the device of the input.
+
+    Args:
+        images: ``[B, H, W, 3]`` or ``[B, 3, H, W]`` uint8 (a picture of width 3 is taken as the former).
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel.
+
+    Returns:
+        ``[B, 3, H, W]`` float32, contiguous; bitwise what torchvision's ToTensor and Normalize give.
+
+    Raises:
+        TypeError: The images are not uint8.
+        ValueError: The shape is another.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"normalize: expected `images` of uint8, got {images.dtype}")
+    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
+        raise ValueError(
+            "normalize: expected `images` of shape [B, H, W, 3] or [B, 3, H, W], "
+            f"got {list(images.shape)}"
+        )
+    if images.shape[3] == 3:
+        images = images.permute(0, 3, 1, 2)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(-1, 1, 1)
+    return pixels.div_(255).sub_(shift).div_(scale)
+
+
+def denormalize(
+    images: Tensor,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:
+    """The inverse of `normalize`, for the eye: x * std + mean, clipped to [0, 1].
+
+    Args:
+        images: ``[B, 3, H, W]`` floating point.
+        mean: Per channel.
+        std: Per channel.
+
+    Returns:
+        ``[B, 3, H, W]`` of the same dtype and device.
+    """
+    shift = torch.tensor(mean, device=images.device, dtype=images.dtype).view(-1, 1, 1)
+    scale = torch.tensor(std, device=images.device, dtype=images.dtype).view(-1, 1, 1)
+    return (images * scale + shift).clamp(0, 1)
