@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from casm_fast.data.geometry import Policy
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -43,7 +45,7 @@ class Convention:
     """
 
     size: int
-    policy: str
+    policy: Policy
     rule: str
     alpha: float
     component: str
@@ -65,9 +67,7 @@ class Convention:
         """The resize policy, for people."""
         if self.policy == "crop":
             return f"shorter side to {self.size}, centre crop {self.size} x {self.size}"
-        if self.policy == "squash":
-            return f"squashed to {self.size} x {self.size}"
-        return f"{self.policy} {self.size}"
+        return f"squashed to {self.size} x {self.size}"
 
 
 @dataclass(frozen=True)

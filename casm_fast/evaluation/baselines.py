@@ -1,4 +1,7 @@
-"""Boxes that look at no image: what a localization score is worth is what it has beyond theirs."""
+"""Boxes that look at no image: what a localization score is worth is what it has beyond theirs.
+
+The centred box is ``casm_fast.data.localization.centred_box``.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-CENTER_MARGIN = 33 / 224
-"""Margin of the centred box as a share of the side: 33 of 224 pixels, a box of half the area
-(49.7 %), as in the CASM authors' code.
-"""
-
-
-def centred(images: int, size: int) -> NDArray[np.int64]:
-    """The same box in the middle of every image, with a margin of 33 pixels at 224.
-
-    Args:
-        images: Number of images.
-        size: Side of the network's square.
-
-    Returns:
-        ``[images, 4]``.
-    """
-    margin = round(size * CENTER_MARGIN)
-    return np.tile(np.array([margin, margin, size - margin, size - margin], np.int64), (images, 1))
 
 
 def whole(images: int, size: int) -> NDArray[np.int64]:

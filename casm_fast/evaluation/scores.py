@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from casm_fast.data import localization, predictions
 from casm_fast.data.predictions import Convention, Description
 from casm_fast.evaluation import baselines, published
-from casm_fast.evaluation.printing import render
+from casm_fast.evaluation.printing import convention_lines, render
 from casm_fast.evaluation.published import Published
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ class Scores:
         return render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as plain dictionaries, lists and numbers."""
-        return dataclasses.asdict(self)
+        """The scores as plain dictionaries, lists and numbers, the convention in words included."""
+        return {**dataclasses.asdict(self), "explained": convention_lines(self)}
 
     def save(self, path: str | Path) -> Path:
         """Write the scores as JSON, whole or not at all.
@@ -219,8 +219,8 @@ def score(table: pa.Table, description: Description) -> Scores:
             right_where_known,
             f1=(_floats(readable, "f1")[localized], _floats(readable, "f1_mean")[localized]),
         )
-    simple = {
-        "centred box": baselines.centred(len(truth), size),
+    simple: dict[str, NDArray[np.integer[Any]]] = {
+        "centred box": np.tile(localization.centred_box(size), (len(truth), 1)),
         "whole image": baselines.whole(len(truth), size),
         "random box": baselines.random(ids, size),
     }
@@ -248,7 +248,7 @@ def score(table: pa.Table, description: Description) -> Scores:
 
 def _localization(
     name: str,
-    boxes: NDArray[np.int64],
+    boxes: NDArray[np.integer[Any]],
     truth: Sequence[Sequence[Sequence[int]]],
     size: int,
     right: NDArray[np.bool_] | None,
@@ -256,7 +256,7 @@ def _localization(
 ) -> Localization:
     """Score one box per image; ``f1`` is its best and mean F1, that of the box when omitted."""
     flat, owners = localization.pair(truth)
-    best_iou = localization.best(localization.iou(boxes[owners], flat), owners, len(boxes))
+    best_iou = localization.best(localization.box_iou(boxes[owners], flat), owners, len(boxes))
     if f1 is None:
         of_box = localization.f1_of_boxes(boxes[owners], flat)
         f1 = (
@@ -271,7 +271,7 @@ def _localization(
         f1=_mean(f1[0]),
         f1_mean=_mean(f1[1]),
         iou=_mean(best_iou),
-        coverage=_mean(localization.areas(boxes) / size**2),
+        coverage=_mean(localization.area(boxes) / size**2),
     )
 
 

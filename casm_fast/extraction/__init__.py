@@ -1,0 +1,7 @@
+"""Batched extraction: images to boxes and saliency statistics."""
+
+from casm_fast.extraction.config import ExtractConfig
+from casm_fast.extraction.extractor import Extractor, Measurements
+from casm_fast.extraction.pipeline import Extraction, extract
+
+__all__ = ["ExtractConfig", "Extraction", "Extractor", "Measurements", "extract"]

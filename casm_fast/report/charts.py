@@ -1,0 +1,267 @@
+"""Charts as inline SVG.
+
+Drawn by matplotlib, coloured by the page, so that they follow its light and dark themes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that matplotlib accepts as colours; the page's own take their place in the SVG.
+_INK, _QUIET, _LINE, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
+_THEME = {
+    _INK: "var(--ink)",
+    _QUIET: "var(--quiet)",
+    _LINE: "var(--line)",
+    _FIRST: "var(--accent)",
+    _SECOND: "var(--second)",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Attributes:
+        title: What it shows.
+        caption: How to read it.
+        svg: An ``<svg>`` element.
+    """
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: ``y`` over ``x``, called ``name``."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a training log, one JSON object per line, but for a line cut short by a crash."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def training_charts(records: Iterable[Mapping[str, Any]]) -> list[Chart]:
+    """How a training run went, from its log.
+
+    Args:
+        records: Lines of the log: ``phase``, ``split``, ``step`` and what was measured.
+
+    Returns:
+        The charts that the log has numbers for.
+    """
+    records = list(records)
+    casm = [record for record in records if record.get("phase") == "casm"]
+    wanted = [
+        (
+            "Accuracy while the mask learns",
+            "The classifier on whole validation images, and on the same images without their "
+            "salient part. The lower the second line, the less evidence the mask leaves.",
+            casm,
+            "val",
+            (("whole images", "accuracy"), ("masked-out images", "masked_accuracy")),
+            (0.0, 1.0),
+        ),
+        (
+            "Size of the mask",
+            "Mean saliency of the training images: the share of the picture that is marked.",
+            casm,
+            "train",
+            (("mean saliency", "mean_saliency"),),
+            (0.0, 1.0),
+        ),
+        (
+            "Entropy on masked-out images",
+            "In nats. The mask is paid for uncertainty: with the object gone, the classifier "
+            "should not know what it saw.",
+            casm,
+            "train",
+            (("entropy", "entropy"),),
+            None,
+        ),
+        (
+            "Loss of the classifier",
+            "Cross-entropy on the training images, in nats.",
+            casm,
+            "train",
+            (("loss", "loss"),),
+            None,
+        ),
+    ]
+    charts = []
+    for title, caption, source, split, names, limits in wanted:
+        lines = [_line(name, key, source, split) for name, key in names]
+        lines = [line for line in lines if len(line.x) > 1]
+        if lines:
+            charts.append(Chart(title, caption, line_chart(lines, "step", limits)))
+    return charts
+
+
+def line_chart(
+    lines: Sequence[Line], x_label: str, limits: tuple[float, float] | None = None
+) -> str:
+    """Lines with their names at their ends.
+
+    Args:
+        lines: At most two.
+        x_label: What the horizontal axis counts.
+        limits: Range of the vertical axis.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+
+    def draw(axes: Axes) -> None:
+        for line, colour in zip(lines, (_FIRST, _SECOND), strict=False):
+            marker = "o" if len(line.x) < 12 else None
+            axes.plot(line.x, line.y, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+        if limits is not None:
+            axes.set_ylim(limits[0], limits[1] * 1.02)
+        else:
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0), high)
+        axes.margins(x=0.02)
+        axes.set_xlabel(x_label)
+        if len(lines) > 1:
+            for line, colour in zip(lines, (_FIRST, _SECOND), strict=False):
+                axes.annotate(
+                    line.name,
+                    (line.x[-1], line.y[-1]),
+                    xytext=(0, 8 if line.y[-1] < 0.9 else -14),
+                    textcoords="offset points",
+                    ha="right",
+                    color=colour,
+                )
+
+    return _svg(draw)
+
+
+def iou_chart(model: NDArray[np.float64], baseline: NDArray[np.float64]) -> str:
+    """Histogram of the best IoU per image, with that of a simple box as an outline.
+
+    Args:
+        model: ``[n]`` best IoU of the model's boxes.
+        baseline: ``[n]`` best IoU of the simple boxes.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    bins = np.linspace(0, 1, 21).tolist()
+
+    def draw(axes: Axes) -> None:
+        weights = np.full(len(model), 1 / max(len(model), 1))
+        axes.hist(model, bins, weights=weights, color=_FIRST, rwidth=0.88)
+        counts, _ = np.histogram(baseline, bins, weights=np.full(len(baseline), 1 / len(baseline)))
+        axes.stairs(counts, bins, color=_SECOND, linewidth=1.4)
+        axes.axvline(0.5, color=_QUIET, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("IoU with the best true box")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+
+    return _svg(draw)
+
+
+def area_chart(model: NDArray[np.float64], truth: NDArray[np.float64]) -> str:
+    """Histogram of the share of the picture inside the boxes, predicted and true.
+
+    Args:
+        model: ``[n]`` shares of the predicted boxes.
+        truth: ``[m]`` shares of the true boxes.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    bins = np.linspace(0, 1, 21).tolist()
+
+    def draw(axes: Axes) -> None:
+        weights = np.full(len(model), 1 / len(model))
+        axes.hist(model, bins, weights=weights, color=_FIRST, rwidth=0.88)
+        weights = np.full(len(truth), 1 / len(truth))
+        counts, _ = np.histogram(np.minimum(truth, 1), bins, weights=weights)
+        axes.stairs(counts, bins, color=_SECOND, linewidth=1.4)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the picture inside the box")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+
+    return _svg(draw)
+
+
+def _line(name: str, key: str, records: Iterable[Mapping[str, Any]], split: str) -> Line:
+    points = [
+        (float(record["step"]), float(record[key]))
+        for record in records
+        if record.get("split") == split and record.get(key) is not None and "step" in record
+    ]
+    return Line(name, [x for x, _ in points], [y for _, y in points])
+
+
+def _svg(draw: Any) -> str:
+    """Run ``draw`` on fresh axes and return the themed SVG."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "casm_fast",
+        "font.size": 9,
+        "axes.edgecolor": _LINE,
+        "axes.labelcolor": _QUIET,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": _LINE,
+        "grid.linewidth": 0.7,
+        "xtick.color": _QUIET,
+        "ytick.color": _QUIET,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "text.color": _INK,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.locator_params(axis="y", nbins=5)
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        text = io.StringIO()
+        canvas.print_svg(text, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for stand_in, colour in _THEME.items():
+        svg = svg.replace(stand_in, colour)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # The page sets size and font; the view box keeps the proportions.
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
