@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from casm_fast.models.compact import CompactResNet
-from casm_fast.models.taps import PAPER_FINEST_STRIDE, TapRecorder, discover_taps, logits_layer
+from casm_fast.models.taps import PAPER_FINEST_STRIDE, TapRecorder, logits_layer, logits_of, survey
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class TracedEncoder(Encoder):
         input_size: int = 224,
         finest_stride: int = PAPER_FINEST_STRIDE,
     ) -> None:
-        taps = discover_taps(
+        found = survey(
             backbone,
             input_size,
             finest_stride=finest_stride,
@@ -166,18 +166,18 @@ class TracedEncoder(Encoder):
         super().__init__(
             backbone,
             name=name,
-            classes=_count_classes(backbone, input_size),
-            tap_channels=tuple(tap.channels for tap in taps),
-            tap_strides=tuple(tap.stride for tap in taps),
+            classes=found.classes,
+            tap_channels=tuple(tap.channels for tap in found.taps),
+            tap_strides=tuple(tap.stride for tap in found.taps),
             has_stem_tap=False,
         )
-        self.recorder = TapRecorder(backbone, taps)
+        self.recorder = TapRecorder(backbone, found.taps)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `Encoder.forward`."""
         _check_images(images)
         self.recorder.start()
-        logits = _logits(self.backbone(images))
+        logits: Tensor = logits_of(self.backbone(images))
         return logits, self.recorder.finish()
 
 
@@ -408,33 +408,6 @@ def state_dict_problem(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
             f"{list(expected[key].shape)})"
         )
     return " and ".join(parts)
-
-
-def _count_classes(backbone: nn.Module, input_size: int) -> int:
-    parameter = next(backbone.parameters())
-    blank = torch.zeros(
-        1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype
-    )
-    modes = {module: module.training for module in backbone.modules()}
-    try:
-        backbone.eval()
-        with torch.no_grad():
-            logits = _logits(backbone(blank))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if logits.ndim != 2:
-        raise ValueError(
-            f"TracedEncoder: expected a classifier with logits [B, K], got an output of shape "
-            f"{list(logits.shape)} from {type(backbone).__name__}"
-        )
-    return logits.shape[1]
-
-
-def _logits(output: Any) -> Tensor:
-    """The logits in a network's output: itself, or the main head's beside auxiliary ones."""
-    logits: Tensor = output.logits if hasattr(output, "logits") else output
-    return logits
 
 
 def _check_images(images: Tensor) -> None:

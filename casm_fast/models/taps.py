@@ -113,6 +113,19 @@ class _RecordingHook:
             recorder.maps[(self.name, call)] = output
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What running a classifier on a blank image tells about it.
+
+    Attributes:
+        taps: the activations for the mask decoder, in order of rising stride.
+        classes: number of logits.
+    """
+
+    taps: tuple[Tap, ...]
+    classes: int
+
+
 def discover_taps(
     backbone: nn.Module,
     input_size: int = 224,
@@ -137,14 +150,24 @@ def discover_taps(
         The taps in order of rising stride, two at least.
 
     Raises:
-        ValueError: the network does not run at ``input_size``, or has fewer than two feature maps
-            of different resolutions (a plain vision transformer).
+        ValueError: the network does not run at ``input_size``, gives no logits ``[B, K]``, or has
+            fewer than two feature maps of different resolutions (a plain vision transformer).
     """
+    return survey(backbone, input_size, finest_stride=finest_stride, name=name).taps
+
+
+def survey(backbone: nn.Module, input_size: int, *, finest_stride: int, name: str) -> Survey:
+    """Finds taps and the number of classes; see `discover_taps`."""
     root = _watch(backbone, (input_size, input_size), name)
     second = _watch_if_accepted(backbone, _SECOND_PROBE, name)
     if second is None or not _same_calls(root, second):
         second = None
-    _describe_maps(root, second, backbone, name)
+    _describe_maps(root, second, backbone)
+    if root.output_shape is None or len(root.output_shape) != 2:
+        raise ValueError(
+            f"discover_taps: expected {name} to give logits [B, K], got an output of shape "
+            f"{None if root.output_shape is None else list(root.output_shape)}"
+        )
 
     by_octave: dict[int, Tap] = {}
     finest_octave = round(math.log2(finest_stride))
@@ -168,7 +191,15 @@ def discover_taps(
             f"stride {finest_stride} and above, got {len(by_octave)} in {name}; choose a "
             f"convolutional or hierarchical network such as resnet50, convnext_tiny or swin_t"
         )
-    return tuple(by_octave[octave] for octave in sorted(by_octave))
+    return Survey(
+        taps=tuple(by_octave[octave] for octave in sorted(by_octave)),
+        classes=root.output_shape[1],
+    )
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in a network's output: itself, or the main head's beside auxiliary ones."""
+    return output.logits if hasattr(output, "logits") else output
 
 
 @dataclass(frozen=True)
@@ -226,7 +257,7 @@ def _watch(backbone: nn.Module, size: tuple[int, int], name: str) -> _Call:
     try:
         backbone.eval()
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, *size, device=device, dtype=dtype))
+            logits = logits_of(backbone(torch.zeros(1, 3, *size, device=device, dtype=dtype)))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise ValueError(
             f"discover_taps: expected {name} to classify images of {size[0]}x{size[1]}, "
@@ -237,6 +268,7 @@ def _watch(backbone: nn.Module, size: tuple[int, int], name: str) -> _Call:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+    root.output_shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
     return root
 
 
@@ -256,7 +288,7 @@ def _same_calls(a: _Call, b: _Call) -> bool:
     )
 
 
-def _describe_maps(call: _Call, second: _Call | None, backbone: nn.Module, name: str) -> None:
+def _describe_maps(call: _Call, second: _Call | None, backbone: nn.Module) -> None:
     """Fills in `map` and `input_map` over the whole tree."""
     for position, child in enumerate(call.children):
         other = None if second is None else second.children[position]
@@ -264,7 +296,7 @@ def _describe_maps(call: _Call, second: _Call | None, backbone: nn.Module, name:
         child.input_map = _as_map(child.input_shape, other.input_shape if other else None)
         if not fixed:
             child.map = _as_map(child.output_shape, other.output_shape if other else None)
-        _describe_maps(child, other, backbone, name)
+        _describe_maps(child, other, backbone)
 
 
 def _as_map(shape: tuple[int, ...] | None, other: tuple[int, ...] | None) -> _Map | None:
