@@ -68,7 +68,7 @@ def test_decoder_equals_the_paper_written_out() -> None:
     logits = decoder.final.weight.view(1, -1) @ stacked + decoder.final.bias
     expected = 1 / (1 + torch.exp(-logits.view(2, 1, 12, 12)))
     got = decoder(taps)
-    # float32 sums of 126 products in another order: 5e-7 measured.
+    # float32 sums of 126 products in another order: 6.3e-7 at most over 20 seeds.
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
 
 
@@ -216,8 +216,9 @@ def test_batch_of_images_does_not_change_an_image_in_eval_mode() -> None:
     model = build_model("compact", classes=8).eval()
     together, _ = model(images(batch=3))
     alone, _ = model(images(batch=3)[1:2])
-    # Convolutions of another batch size sum in another order: 2e-6 measured.
-    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=2e-5)
+    # Convolutions of another batch size sum in another order, and the untrained decoder's sharp
+    # sigmoid amplifies it: 2.5e-5 at most over 20 seeds.
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=2e-4)
     empty, logits = model(images(batch=0))
     assert empty.shape == (0, 1, 32, 32)
     assert logits.shape == (0, 8)

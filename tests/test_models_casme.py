@@ -21,7 +21,7 @@ def images() -> Tensor:
 
 
 class AuthorsDecoder(nn.Module):
-    """The authors' decoder as reference.md's names and figures describe it, for 224x224 only."""
+    """A decoder with the authors' state-dict names and fixed factors, written independently."""
 
     def __init__(
         self, channels: tuple[int, ...], layers: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -181,7 +181,7 @@ def test_round_trip(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_models_without_counterpart(options: dict[str, object], got: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^export_casme") as error:
+    with pytest.raises(ValueError, match=r"^export_casme") as error:
         export_casme(build_model(classes=3, **options), tmp_path / "m.chk")
     assert str(error.value) == (
         "export_casme: expected a shared ResNet-18 to 152 with the default decoder, got "

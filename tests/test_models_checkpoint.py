@@ -194,7 +194,7 @@ def test_writing_is_flushed_before_and_after_the_name_changes(
 
 
 def test_saving_refuses(model: SaliencyModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="suffix|end on") as error:
+    with pytest.raises(ValueError, match="end on") as error:
         save(model, "m.pt")
     assert str(error.value) == "save: expected `path` to end on .safetensors, got m.pt"
     with pytest.raises(TypeError) as type_error:
@@ -266,7 +266,8 @@ def bare_weights(path: Path, model: SaliencyModel) -> tuple[Path, str]:
 def newer(path: Path, model: SaliencyModel) -> tuple[Path, str]:
     rewrite(path, model, lambda d: d.update(format=2, surprise=None))
     return path, (
-        "load: expected a checkpoint of format 1 or older, got format 2 in {path}; upgrade casm_fast"
+        "load: expected a checkpoint of format 1 or older, got format 2 in {path}; upgrade "
+        "casm_fast"
     )
 
 
