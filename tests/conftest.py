@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import zlib
+
+import emulator
 import pytest
 import torch
+
+from casm_fast.ops import checks
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that has kernels."""
+@pytest.fixture(scope="session")
+def emulated_kernels() -> None:
+    """The CUDA kernels as C++, in the namespace ``casm_fast_emulated``."""
+    reason = emulator.why_not()
+    if reason:
+        pytest.skip(reason)
+    # tests/emulator/sanitize.py runs the tests again on the library with sanitizers.
+    emulator.load(emulator.build(os.environ.get("CASM_FAST_TEST_SANITIZE", "")))
+
+
+def _device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    return torch.device(request.param)
+    if request.param != "emulated":
+        return torch.device(request.param)
+
+    room = request.module.__name__.removeprefix("test_")
+    if not (emulator.ROOT / "csrc" / room / f"{room}_cuda.cu").exists():
+        pytest.skip(f"{room} has no CUDA kernels")
+    request.getfixturevalue("emulated_kernels")
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    # The doors call torch.ops.casm_fast: for this test that is the emulated GPU, on host
+    # tensors, in a GPU's dtypes.
+    monkeypatch.setattr(torch.ops, "casm_fast", torch.ops.casm_fast_emulated)
+    monkeypatch.setattr(checks, "CPU_DTYPES", checks.CUDA_DTYPES)
+    # Each test has its own order of threads, the same in every run.
+    monkeypatch.setenv("CASM_FAST_EMULATOR_SEED", str(zlib.crc32(request.node.name.encode())))
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that has kernels."""
+    return _device(request)
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def gpu_device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that runs the CUDA sources, for what CPU kernels do not have (16-bit storage)."""
+    return _device(request)
