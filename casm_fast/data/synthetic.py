@@ -42,6 +42,8 @@ IMAGES = {"train": 4000, "val": 1000}
 DISTRACTORS = 3  # slots painted first
 OBJECTS = 3  # slots painted last, on top
 _OBJECT_SLOTS = slice(DISTRACTORS, DISTRACTORS + OBJECTS)
+# Shapes reach 1.08 radii, stretched by exp(0.12): items this many radii apart cannot touch.
+_APART = 1.22
 _BLOCK = 128  # scenes per random stream and per drawing pass: its planes fit the cache
 
 Layout = Literal["folders", "flat", "kaggle"]
@@ -244,14 +246,14 @@ def _sample(
     shape = rng.integers(CLASS_SHAPES, len(SHAPES), (n, slots))
     worn, plain = np.unique(pairs[:, 1]), len(TEXTURES) - 1
     texture = np.where(
-        rng.random((n, slots)) < 0.5, plain, worn[rng.integers(0, len(worn), (n, slots))]
+        rng.random((n, slots)) < 0.65, plain, worn[rng.integers(0, len(worn), (n, slots))]
     )
     shape[:, DISTRACTORS:] = pairs[labels, 0, None]
     texture[:, DISTRACTORS:] = pairs[labels, 1, None]
 
-    radius = rng.uniform(0.09, 0.2, (n, slots))
+    radius = rng.uniform(0.09, 0.17, (n, slots))
     radius[:, DISTRACTORS:] = (
-        rng.uniform(0.16, 0.37, (n, OBJECTS)) * np.where(objects > 1, 0.72, 1.0)[:, None]
+        rng.uniform(0.18, 0.36, (n, OBJECTS)) * np.where(objects > 1, 0.75, 1.0)[:, None]
     )
     present = np.empty((n, slots), np.bool_)
     present[:, :DISTRACTORS] = np.arange(DISTRACTORS) < rng.integers(0, DISTRACTORS + 1, n)[:, None]
@@ -265,7 +267,7 @@ def _sample(
         centre=centre.astype(np.float32),
         radius=radius.astype(np.float32),
         angle=rng.uniform(0, 2 * np.pi, (n, slots)).astype(np.float32),
-        stretch=np.exp(rng.uniform(-0.16, 0.16, (n, slots))).astype(np.float32),
+        stretch=np.exp(rng.uniform(-0.12, 0.12, (n, slots))).astype(np.float32),
         period=rng.uniform(0.085, 0.115, (n, slots)).astype(np.float32),
         phase=rng.random((n, slots, 2)).astype(np.float32),
         colours=_item_colours(rng, (n, slots)),
@@ -281,7 +283,7 @@ def _place(
     Objects are placed before distractors, so the first object always finds room.
     """
     n, slots = radius.shape
-    tries = 16
+    tries = 24
     centre = np.zeros((n, slots, 2))
     placed = np.zeros_like(present)
     rows = np.arange(n)
@@ -289,7 +291,7 @@ def _place(
         r = radius[:, slot, None, None]
         candidates = r + rng.random((n, tries, 2)) * (1 - 2 * r)
         gap = candidates[:, :, None] - centre[:, None]  # [n, tries, slots, 2]
-        near = np.sqrt((gap**2).sum(-1)) < 1.02 * (r + radius[:, None])
+        near = np.sqrt((gap**2).sum(-1)) < _APART * (r + radius[:, None])
         free = ~(near & placed[:, None]).any(-1)  # [n, tries]
         centre[:, slot] = candidates[rows, free.argmax(-1)]
         placed[:, slot] = present[:, slot] & free.any(-1)
@@ -323,14 +325,14 @@ def _sample_grounds(rng: np.random.Generator, n: int) -> Backgrounds:
         axis=-1,
     )
     # A ground may be stripes, a weave, checks or clouds: each strength is zero half of the time.
-    strength = rng.uniform(0.15, 0.5, (n, 3)) * (rng.random((n, 3)) < 0.5)
+    strength = rng.uniform(0.12, 0.4, (n, 3)) * (rng.random((n, 3)) < 0.5)
     return Backgrounds(
         colours=colour(lightness.clip(0.25, 0.95), rng.uniform(0.015, 0.075, (n, 3)), hue),
         coarse=rng.random((n, 6, 6), np.float32),
         fine=rng.random((n, 16, 16), np.float32),
         waves=waves.astype(np.float32),
         strength=strength.astype(np.float32),
-        grain=rng.uniform(0.006, 0.03, n).astype(np.float32),
+        grain=rng.uniform(0.004, 0.016, n).astype(np.float32),
         seed=rng.integers(0, 2**62, n),
     )
 
