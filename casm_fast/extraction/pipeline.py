@@ -110,7 +110,7 @@ def extract(
         connectivity=config.connectivity,
     )
     home = next(model.parameters()).device
-    device = home if config.device == "auto" else torch.device(config.device)
+    device = home if config.device == "auto" else _device(config.device)
     with _borrowed(model, device):
         extractor = Extractor(model, convention, device, config.amp)
         rows, saliency_size = _run(extractor, images, config)
@@ -222,10 +222,18 @@ def _borrowed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
             module.training = True
 
 
-def _device(name: str) -> str:
+def _device(name: str) -> torch.device:
+    """``"auto"`` is the GPU when there is one."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: expected 'auto', 'cpu' or a GPU of this machine, got {name!r}"
+        ) from error
+    return device
 
 
 def _device_name(device: torch.device) -> str:

@@ -29,8 +29,10 @@ def label_numbers(source: Sequence[str], model: Sequence[str]) -> dict[int, int]
     """How the source's labels are called in the model, when both know the names and they differ.
 
     A folder with some of the classes numbers them from zero, unlike the model that was trained on
-        all of them: names, not numbers,
-    say which is which.
+    all of them: names, not numbers, say which is which. Two sets of names without one in common
+        (the
+    WordNet ids of a tree, the words of a model) can only agree by number, and do so when they are
+    equally many.
 
     Args:
         source: Class names of the images, by label.
@@ -45,6 +47,8 @@ def label_numbers(source: Sequence[str], model: Sequence[str]) -> dict[int, int]
     numbers = {name: number for number, name in enumerate(model)}
     mapping = {label: numbers.get(name, -1) for label, name in enumerate(source)}
     unknown = sum(number < 0 for number in mapping.values())
+    if unknown == len(source) == len(model):
+        return None
     if unknown:
         logger.warning(
             "%d of %d classes of the images are unknown to the model: their images have no label",

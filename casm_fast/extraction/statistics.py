@@ -8,6 +8,7 @@ exactly, for 1/16 of the work at 56 x 56.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,8 @@ def entropy_terms(saliency: Tensor) -> Tensor:
     Returns:
         ``[...]``.
     """
-    return -torch.special.xlogy(saliency, saliency) / torch.log(saliency.new_tensor(2.0))
+    nats: Tensor = torch.special.xlogy(saliency, saliency)
+    return nats / -math.log(2)
 
 
 def measure(saliency: Tensor, rows: Cells, columns: Cells) -> Tensor:

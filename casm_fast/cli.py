@@ -1,0 +1,354 @@
+"""The command line: ``casm-fast demo | train | extract | evaluate | report | doctor``.
+
+The options of a verb are the fields of the dataclass that its Python function takes, so the two
+cannot drift apart. Exit codes: 0 done; 1 the request cannot be met, and one sentence on the error
+stream says why; 2 the command line is not understood; 70 a defect of casm_fast; 130 stopped by
+Ctrl-C; 143 by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Union
+
+from casm_fast import doctor
+from casm_fast.data.source import open_source
+from casm_fast.data.synthetic import SyntheticSource, write_tree
+from casm_fast.evaluation import evaluate
+from casm_fast.extraction import ExtractConfig, extract
+from casm_fast.report import write_report
+from casm_fast.training import TrainConfig, train
+
+try:
+    import tyro
+except ImportError:  # only the verbs need it, and main() says so
+    tyro = None  # type: ignore[assignment]
+
+OK, REFUSED, DEFECT, INTERRUPTED = 0, 1, 70, 130
+
+NO_TYRO = (
+    "casm-fast: expected tyro, which reads the command line, but it is not installed: "
+    "pip install tyro (in Python, casm_fast.train, extract and evaluate work without it)"
+)
+
+DEMO_TREE = "ILSVRC"
+"""Folder of the demo's JPEG files."""
+
+QUICK_TRAINING = {"pretrain_epochs": 4, "epochs": 2}
+"""What ``demo --quick`` changes in the training."""
+
+QUICK_IMAGES = 2000
+"""Training images of ``demo --quick``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """What every verb takes."""
+
+    verbose: bool = False
+    """Show tracebacks and debug messages."""
+
+    def run(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Verb):
+    """Train on the embedded set, find boxes in JPEG files, score them, write a report.
+
+    Takes a few minutes on a CPU and downloads nothing. Interrupted, it goes on where it stopped.
+
+    Example: casm-fast demo
+    """
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("demo")
+    """Folder for everything that the demo makes."""
+
+    quick: bool = False
+    """Half of the images and of the epochs: sooner done, worse boxes."""
+
+    seed: int = 0
+    """Seed of the training."""
+
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
+
+    def run(self) -> None:
+        """Train, extract, evaluate, report."""
+        started = time.perf_counter()
+        folder = self.output
+        say = logging.getLogger(__name__).info
+
+        say("[1/4] pictures: the validation images of the embedded set as JPEG files")
+        tree = demo_tree(folder)
+
+        say("[2/4] training: a compact classifier, then its saliency maps")
+        result = train(
+            TrainConfig(
+                data=f"synthetic:images={QUICK_IMAGES}" if self.quick else "synthetic",
+                output=folder / ("run-quick" if self.quick else "run"),
+                resume=True,
+                seed=self.seed,
+                device=self.device,
+            ),
+            **(QUICK_TRAINING if self.quick else {}),
+        )
+
+        say("[3/4] extraction: one box per file")
+        extraction = extract(
+            result.folder, f"imagenet-val:{tree}", folder / "boxes.parquet", device=self.device
+        )
+        say(str(extraction))
+
+        say("[4/4] scores and report")
+        scores = evaluate(extraction, json=folder / "scores.json")
+        page = write_report(extraction, scores, folder / "report.html", run=result.folder)
+        print(f"\n{scores}\n")
+        print(f"report: {page} ({time.perf_counter() - started:.0f} s in all)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Verb):
+    """Train a classifier together with its saliency maps.
+
+    Without options: on the embedded synthetic set, some minutes on a CPU. The run folder gets the
+    model, the log, and what an exact resume needs.
+
+    Example: casm-fast train --data imagenet:/data/ILSVRC --strategy L100 --output runs/l100
+    """
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        """Train."""
+        result = train(self.config)
+        for name, value in result.scores.items():
+            print(f"{name.replace('_', ' '):<20}  {value:.4f}")
+        print(f"{'model':<20}  {result.checkpoint}")
+        print(f"{'log':<20}  {result.log}")
+        print(f"next: casm-fast extract {result.folder} SOURCE --output boxes.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(Verb):
+    """Find one box per image, and measure its saliency map.
+
+    SOURCE is imagenet-val:DIR, imagenet:DIR, folder:DIR, a path, or synthetic. The result is a
+    Parquet file with one row per image.
+
+    Example: casm-fast extract runs/l100 imagenet-val:/data/ILSVRC --output val.parquet
+    """
+
+    model: tyro.conf.Positional[Path]
+    """Checkpoint, or the folder of a training run."""
+
+    source: tyro.conf.Positional[str]
+    """Images."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("boxes.parquet")
+    """Parquet file to write."""
+
+    config: ExtractConfig = field(default_factory=ExtractConfig)
+
+    def run(self) -> None:
+        """Extract."""
+        print(extract(self.model, self.source, self.output, self.config))
+        print(f"next: casm-fast evaluate {self.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Verb):
+    """Score boxes against the true ones: LE, OM, F1, and boxes that look at nothing beside them.
+
+    Example: casm-fast evaluate val.parquet --json scores.json
+    """
+
+    boxes: tyro.conf.Positional[Path]
+    """Parquet file of casm-fast extract."""
+
+    json: Path | None = None
+    """File to write the scores to, as JSON."""
+
+    def run(self) -> None:
+        """Evaluate."""
+        print(evaluate(self.boxes, json=self.json))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Verb):
+    """Write one self-contained HTML page with scores, curves and pictures.
+
+    Example: casm-fast report val.parquet --run runs/l100 --output report.html
+    """
+
+    boxes: tyro.conf.Positional[Path]
+    """Parquet file of casm-fast extract."""
+
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Folder of the training run, for its curves."""
+
+    model: Path | None = None
+    """Model for the pictures (default: the one that made the boxes)."""
+
+    source: str | None = None
+    """Images for the pictures (default: those that the boxes were made from)."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("report.html")
+    """HTML file to write."""
+
+    columns: int = 7
+    """Pictures side by side."""
+
+    def run(self) -> None:
+        """Report."""
+        page = write_report(
+            self.boxes,
+            evaluate(self.boxes),
+            self.output,
+            run=self.run_folder,
+            model=self.model,
+            source=self.source,
+            columns=self.columns,
+        )
+        print(f"report: {page}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Verb):
+    """Tell what is installed, which kernels loaded, and what to do about each problem.
+
+    Example: casm-fast doctor
+    """
+
+    def run(self) -> None:
+        """Examine."""
+        findings = doctor.examine()
+        print(doctor.render(findings))
+        if any(finding.state == "problem" for finding in findings):
+            raise SystemExit(REFUSED)
+
+
+VERBS: dict[str, type[Verb]] = {
+    "demo": Demo,
+    "train": Train,
+    "extract": Extract,
+    "evaluate": Evaluate,
+    "report": Report,
+    "doctor": Doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: Words after the program's name; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = "--verbose" in words
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("casm_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        if words[:1] == ["doctor"] and tyro is None:
+            Doctor().run()
+        elif tyro is None:
+            print(NO_TYRO, file=sys.stderr)
+            return REFUSED
+        else:
+            parse(words).run()
+    except KeyboardInterrupt as stop:
+        print(f"casm-fast: interrupted. {stop}".rstrip(), file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else OK
+    except BrokenPipeError:
+        # The reader went away (casm-fast evaluate … | head), which is no fault. The interpreter
+        # flushes the stream once more at exit and must find one that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        message, code = explain(error)
+        print(f"casm-fast: {message}", file=sys.stderr)
+        return code
+    return OK
+
+
+def parse(words: Sequence[str]) -> Verb:
+    """The verb that the words ask for.
+
+    Raises:
+        SystemExit: After help (0), or when the words are not understood (2).
+    """
+    marks = (
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.PositionalMetavarFromFieldName,
+    )
+    name, *rest = words or ["--help"]
+    if name in VERBS:
+        return tyro.cli(VERBS[name], prog=f"casm-fast {name}", args=rest, config=marks)
+    verbs = tuple(
+        Annotated[
+            verb, tyro.conf.subcommand(name, description=(verb.__doc__ or "").partition("\n")[0])
+        ]
+        for name, verb in VERBS.items()
+    )
+    chosen: Verb = tyro.cli(
+        Union[verbs],  # type: ignore[arg-type]  # noqa: UP007 - a union of a computed tuple
+        prog="casm-fast",
+        description="Saliency maps that belong to no single classifier, and the boxes they draw. "
+        "Start with: casm-fast demo",
+        args=[name, *rest],
+        config=marks,
+    )
+    return chosen
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One sentence about an error, and the exit code."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU has too little memory: lower --batch-size", REFUSED
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
+        return text, REFUSED
+    return (
+        f"{type(error).__name__}: {text} (a defect of casm_fast; --verbose shows where)",
+        DEFECT,
+    )
+
+
+def demo_tree(folder: Path) -> Path:
+    """The embedded validation split as JPEG files in ImageNet's layout, written once.
+
+    The tree is complete when its folder has its final name: it is written under another one.
+    """
+    tree = folder / DEMO_TREE
+    if not tree.exists():
+        source = open_source("synthetic", split="val")
+        if not isinstance(source, SyntheticSource):
+            raise TypeError(f"expected the embedded set, got {type(source).__name__}")
+        unfinished = folder / f".{DEMO_TREE}.unfinished"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tree(unfinished, None, source, layout="flat")
+        unfinished.rename(tree)
+    return tree
+
+
+if __name__ == "__main__":
+    sys.exit(main())
