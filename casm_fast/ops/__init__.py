@@ -5,7 +5,8 @@ Polarity everywhere: **1 keeps the image, 0 replaces it**. Pixels are (y, x), si
 synchronisation, output shapes that depend on input shapes alone.
 """
 
+from casm_fast.ops.blur_mask import blur_mask, gaussian_blur
 from casm_fast.ops.jitter_mask import blend
 from casm_fast.ops.tv_norm import tv_norm
 
-__all__ = ["blend", "tv_norm"]
+__all__ = ["blend", "blur_mask", "gaussian_blur", "tv_norm"]
