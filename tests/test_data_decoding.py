@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 import pytest
@@ -34,7 +33,8 @@ def test_plain_png_is_exact(pixels, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(pixels, orientation):
-    # What each tag value says was done to the upright picture when it was stored (EXIF 2.3, 4.6.4 A).
+    # What each tag value says was done to the upright picture when it was stored (EXIF 2.3, 4.6.4
+    # A).
     stored = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -155,29 +155,30 @@ def test_messages(tmp_path):
     assert str(caught.value) == f"cannot read {tmp_path / 'none.jpg'}: No such file or directory"
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
     data = encoded(Image.new("RGB", (40, 30)), "PNG")
     for limit, message in (
         (
             1000,
-            "cannot decode f: it has 1200 pixels, more than PIL.Image.MAX_IMAGE_PIXELS (1000); raise that "
-            "limit if the file is trusted",
+            "cannot decode f: it has 1200 pixels, more than PIL.Image.MAX_IMAGE_PIXELS (1000); "
+            "raise that limit if the file is trusted",
         ),
         (
             500,  # less than half: Pillow itself refuses
-            "cannot decode f: it has more than PIL.Image.MAX_IMAGE_PIXELS pixels (500); raise that limit "
-            "if the file is trusted",
+            "cannot decode f: it has more than PIL.Image.MAX_IMAGE_PIXELS pixels (500); raise that "
+            "limit if the file is trusted",
         ),
     ):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with warnings.catch_warnings(), pytest.raises(DecodeError) as caught:
-            warnings.simplefilter("ignore")
+        with pytest.raises(DecodeError) as caught:
             decode_bytes(data, "f")
         assert str(caught.value) == message
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert decode_bytes(data, "f").shape == (30, 40, 3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_noise_never_escapes_as_another_error():
     # Flipped bytes in the middle of real files: either a picture or a DecodeError.
     rng = np.random.default_rng(1)

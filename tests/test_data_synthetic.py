@@ -1,4 +1,4 @@
-"""The embedded set: determinism, exact boxes and masks, difficulty, and the tree it can be written as."""
+"""The embedded set: determinism, exact boxes and masks, difficulty, and its tree of files."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_splits_and_seeds_share_no_picture(val):
 
 
 def test_boxes_are_the_extents_of_the_parts_of_the_mask(val):
-    # Objects keep apart, so every part that SciPy's labelling of the union finds lies in one box. (The
-    # tip of a star may be a part of its own: its neck is thinner than a pixel.)
+    # Objects keep apart, so every part that SciPy's labelling of the union finds lies in one box.
+    # (The tip of a star may be a part of its own: its neck is thinner than a pixel.)
     several = 0
     for index in range(300):
         parts = ndimage.find_objects(ndimage.label(val.masks[index], np.ones((3, 3)))[0])
@@ -155,7 +155,7 @@ def test_class_names_are_pairs_without_repetition():
         ({"images": 4, "classes": 33}, "synthetic: expected `classes` from 2 to 32, got 33"),
         (
             {"images": 4, "split": "test"},
-            "synthetic: expected `split` \"train\" or \"val\", got 'test'",
+            'synthetic: expected `split` "train" or "val", got \'test\'',
         ),
     ],
 )
@@ -183,7 +183,8 @@ def test_specs_name_what_they_open():
 def test_the_default_set_is_drawn_quickly():
     start = time.process_time()
     generate(1000)
-    # 0.6 s of processor time measured for a quarter of the training set; a slow machine gets ten times.
+    # 0.6 s of processor time measured for a quarter of the training set; a slow machine gets ten
+    # times.
     assert time.process_time() - start < 6
 
 

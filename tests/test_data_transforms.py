@@ -29,7 +29,9 @@ SIDES = st.integers(1, 90)
 
 
 def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+    return np.random.default_rng(height * 1000 + width).integers(
+        0, 256, (height, width, 3), np.uint8
+    )
 
 
 @given(SIDES, SIDES, st.integers(1, 70))
@@ -78,8 +80,8 @@ def test_normalize_is_bitwise_torchvisions(layout):
     assert torch.equal(got, oracle)
     assert torch.equal(given_images, before)
     back = denormalize(got)
-    torch.testing.assert_close(back * 255, before.permute(0, 3, 1, 2).float()
-                               if layout == "nhwc" else before.float(), atol=1e-3, rtol=0)  # fmt: skip
+    pixels = before.permute(0, 3, 1, 2) if layout == "nhwc" else before
+    torch.testing.assert_close(back * 255, pixels.float(), atol=1e-3, rtol=0)
 
 
 def test_normalize_takes_an_empty_batch():
@@ -101,7 +103,8 @@ def test_normalize_refuses_other_tensors():
 
 
 def test_boxes_by_hand():
-    # 375 x 500, shorter side to 224: scale 224/375, excess 500*224/375 - 224 = 74.667, half of it cut.
+    # 375 x 500, shorter side to 224: scale 224/375, excess 500*224/375 - 224 = 74.667, half of it
+    # cut.
     g = geometry(375, 500, 224)
     box = g.to_network(np.array([[10, 20, 400, 300]]))
     # 10*.597333-37.3333 = -31.36; 20*.597333 = 11.947; 400*.597333-37.3333 = 201.6; 179.2
@@ -109,7 +112,9 @@ def test_boxes_by_hand():
     # Back from the whole square: the 375 x 375 centre, rounded outwards from 62.5 and 437.5.
     np.testing.assert_array_equal(g.to_original(np.array([[0, 0, 224, 224]])), [[62, 0, 438, 375]])
     tall = geometry(500, 375, 224)
-    np.testing.assert_array_equal(tall.to_network(np.array([[20, 10, 300, 400]])), [[11, -31, 179, 201]])
+    np.testing.assert_array_equal(
+        tall.to_network(np.array([[20, 10, 300, 400]])), [[11, -31, 179, 201]]
+    )
     squashed = geometry(375, 500, 224, "squash")
     np.testing.assert_array_equal(squashed.to_network([[10, 20, 400, 300]]), [[4, 11, 179, 179]])
 
@@ -132,7 +137,8 @@ def test_round_trip_covers_the_box(height, width, size, policy, data):
     assert (original[:, :2] < original[:, 2:]).all()
     assert (original >= 0).all()
     assert (original <= [[width, height, width, height]]).all()
-    # In real numbers the original box holds the network's; a crop can be a hair wider than the picture.
+    # In real numbers the original box holds the network's; a crop can be a hair wider than the
+    # picture.
     scale, offset = np.array([g.scale_x, g.scale_y] * 2), np.array([g.offset_x, g.offset_y] * 2)
     landed = original * scale - offset
     assert (landed[:, :2] <= box[:, :2] + 1e-4).all()
@@ -197,7 +203,8 @@ def test_iou_counts_pixels(first, second):
 
 
 def test_ground_truth_keeps_the_area_outside_of_the_picture():
-    # Half of the truth lies left of the picture; a prediction that covers all that can be seen gets 1/2.
+    # Half of the truth lies left of the picture; a prediction that covers all that can be seen
+    # gets 1/2.
     assert box_iou([0, 0, 10, 10], [-10, 0, 10, 10]) == 0.5
 
 

@@ -80,8 +80,9 @@ def read_solution(path: Path) -> dict[str, Annotation]:
 def read_ground_truth(path: Path, stems: list[str], classes: tuple[str, ...]) -> list[str]:
     """Reads a text file that names the class of every validation image.
 
-    Three forms are understood: "<wnid>" a line, in the order of the sorted file names; "<file> <wnid>";
-    and "<file> <label>", the label being a place among the sorted wnids (Caffe's val.txt).
+    Three forms are understood: "<wnid>" a line, in the order of the sorted file names;
+    "<file> <wnid>"; and "<file> <label>", the label being a place among the sorted wnids (Caffe's
+    val.txt).
 
     Args:
         path: The file.
@@ -103,8 +104,8 @@ def read_ground_truth(path: Path, stems: list[str], classes: tuple[str, ...]) ->
         return [row[0] for row in rows]
     if all(len(row) == 1 for row in rows):
         raise ValueError(
-            f"{path}: expected wnids such as n01440764, got {rows[0][0]!r}; the devkit's numbers are "
-            "not labels, give a file with `<file> <wnid>` a line"
+            f"{path}: expected wnids such as n01440764, got {rows[0][0]!r}; the devkit's numbers "
+            "are not labels, give a file with `<file> <wnid>` a line"
         )
     named = {Path(row[0]).stem: row[1] for row in rows if len(row) == 2}
     missing = [stem for stem in stems if stem not in named]

@@ -3,7 +3,7 @@
 | file | rule |
 |---|---|
 | EXIF orientation | applied: the array is the upright picture |
-| grey, palette, CMYK, YCbCr, LAB, one bit | converted to RGB by Pillow; embedded colour profiles are not applied |
+| grey, palette, CMYK, YCbCr, LAB, one bit | converted to RGB by Pillow, colour profiles ignored |
 | 16 bits a channel | the upper 8 (grey rounded to nearest) |
 | floating point | [0, 1] when no value exceeds 1, else [0, 255]; rounded, clipped |
 | alpha, transparent palette entries | composited on white |

@@ -395,8 +395,8 @@ def paint(
         objects: The slots whose masks are wanted.
 
     Returns:
-        The pictures ``[N, H, W, 3]`` and a mask per wanted slot ``[N, slots, H, W]`` (a pixel belongs to
-        an object when its centre lies inside the shape).
+        The pictures ``[N, H, W, 3]`` and a mask per wanted slot ``[N, slots, H, W]`` (a pixel
+        belongs to an object when its centre lies inside the shape).
     """
     scenes, slots = items.present.shape
     wanted = range(slots)[objects]
@@ -421,8 +421,8 @@ def colour(
 ) -> Floats:
     """OKLCH to sRGB, clipped to [0, 1].
 
-    OKLCH (B. Ottosson, "A perceptual color space for image processing", 2020) keeps perceived lightness
-    and saturation even while the hue turns, so that no class owns a brightness.
+    OKLCH (B. Ottosson, "A perceptual color space for image processing", 2020) keeps perceived
+    lightness and saturation even while the hue turns, so that no class owns a brightness.
 
     Args:
         lightness: 0..1, any shape.

@@ -54,8 +54,8 @@ class FolderSource:
             self.classes = tuple(subfolders(self.root))
             if not image_names(self.root, recursive=True):
                 raise FileNotFoundError(
-                    f"folder: expected image files in {self.root}, got none; give a folder of images "
-                    "or one that holds a folder per class"
+                    f"folder: expected image files in {self.root}, got none; give a folder of "
+                    "images or one that holds a folder per class"
                 )
             self.files, labels = class_listing(self.root, list(self.classes))
         self._labels = np.array(labels, np.int64)

@@ -45,8 +45,8 @@ class Geometry:
     def to_network(self, boxes: NDArray[Any]) -> NDArray[np.int32]:
         """Boxes of the original in network pixels, by the rule of the CASM authors' scoring.
 
-        Each coordinate is scaled, shifted and truncated towards zero. Nothing is clipped: a box that
-        leaves the crop keeps its area, and so costs a prediction that cannot reach it.
+        Each coordinate is scaled, shifted and truncated towards zero. Nothing is clipped: a box
+        that leaves the crop keeps its area, and so costs a prediction that cannot reach it.
 
         Args:
             boxes: ``[n, 4]`` (x0, y0, x1, y1) in original pixels.
@@ -60,8 +60,8 @@ class Geometry:
     def to_original(self, boxes: NDArray[Any]) -> NDArray[np.int32]:
         """Boxes of the network's square in original pixels.
 
-        Rounded outwards, so that the result covers every original pixel the box touches, then clipped to
-        the picture. An empty box becomes (0, 0, 0, 0).
+        Rounded outwards, so that the result covers every original pixel the box touches, then
+        clipped to the picture. An empty box becomes (0, 0, 0, 0).
 
         Args:
             boxes: ``[n, 4]`` (x0, y0, x1, y1), half-open, in network pixels.
@@ -90,9 +90,9 @@ class Geometry:
 def geometry(height: int, width: int, size: int, policy: Policy = "crop") -> Geometry:
     """How a picture of this size lands in a square.
 
-    "crop": the shorter side becomes ``size`` and half of the longer side's excess is cut from each end.
-    The excess is not rounded, as in the CASM authors' scoring; the pixels themselves are cut at the
-    nearest whole pixel (see `casm_fast.data.transforms.resize`).
+    "crop": the shorter side becomes ``size`` and half of the longer side's excess is cut from each
+    end. The excess is not rounded, as in the CASM authors' scoring; the pixels themselves are cut
+    at the nearest whole pixel (see `casm_fast.data.transforms.resize`).
 
     Args:
         height: Of the picture, in pixels.

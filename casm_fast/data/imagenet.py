@@ -5,9 +5,10 @@
 | train | train/<wnid>/*.JPEG |
 | val | val/<wnid>/*.JPEG, or flat val/*.JPEG |
 | the same, as Kaggle packs it | ILSVRC/Data/CLS-LOC/{train,val}, or Data/CLS-LOC/{train,val} |
-| boxes | {Annotations/CLS-LOC,Annotations,bbox,annotations}/{train,val}, annotations, or a given folder; flat or in class folders |
+| boxes | PARENT/{train,val}, or a given folder; flat or in class folders |
+| PARENT | Annotations/CLS-LOC, Annotations, bbox, annotations (the last also without val) |
 | classes of a flat val | LOC_val_solution.csv, a ground-truth list, or the XML files |
-| order and names of the classes | LOC_synset_mapping.txt if there is one, else the sorted class folders of train, else of val |
+| order of the classes | LOC_synset_mapping.txt, else the sorted folders of train, else of val |
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def images_root(root: Path) -> Path | None:
 
 
 class ImageNetSource:
-    """An `ImageSource` over one split of ImageNet. Nothing is cached on disk; XML is read when asked for.
+    """An `ImageSource` over one split of ImageNet.
+
+    Nothing is cached on disk; an XML file is read when its boxes are asked for.
 
     Attributes:
         name: "imagenet-val:<path>" or "imagenet-train:<path>".
@@ -101,7 +104,8 @@ class ImageNetSource:
         self.split = split
         self.folder = images / split
         self._decoder = decoder
-        # Lists and annotations lie beside the images or, as Kaggle packs them, up to three levels above.
+        # Lists and annotations lie beside the images or, as Kaggle packs them, up to three levels
+        # above.
         inner = len(images.relative_to(self.root).parts)
         self._places = [images, *images.parents[:inner]]
         if not inner and self.root.resolve().name == "ILSVRC":

@@ -42,7 +42,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Raises FileNotFoundError or NotADirectoryError, one sentence, unless ``folder`` is a folder."""
+    """Raises FileNotFoundError or NotADirectoryError unless ``folder`` is a folder."""
     if not folder.exists():
         raise FileNotFoundError(
             f"{what}: there is no {folder}; give the path of an existing folder"

@@ -1,11 +1,11 @@
 """Batches for training and for evaluation.
 
-What a batch holds depends on its arguments alone: the order of an epoch on (seed, epoch), the augmentation of
-an image on (seed, epoch, its index). So the stream is the same for any number of workers, and a run that
-stopped goes on at batch k without reading the batches before it.
+What a batch holds depends on its arguments alone: the order of an epoch on (seed, epoch), the
+augmentation of an image on (seed, epoch, its index). So the stream is the same for any number of
+workers, and a run that stopped goes on at batch k without reading the batches before it.
 
-Workers are threads: Pillow and NumPy let go of the interpreter lock while they decode and resize, the
-pixels go straight into the batch, and nothing has to be pickled or shared.
+Workers are threads: Pillow lets go of the interpreter lock while it decodes and resizes, and
+nothing has to be pickled or shared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from casm_fast.data.source import ArraySource, ImageSource
 from casm_fast.data.transforms import crop_and_resize, normalize, resize
 
 Augment = Literal["imagenet", "flip", "none"]
-"""What training does to an image: "imagenet" is torchvision's RandomResizedCrop (8 to 100 % of the area,
-aspect 3/4 to 4/3) and a horizontal flip; "flip" is resize and flip; "none" is resize."""
+"""What training does to an image: "imagenet" is torchvision's RandomResizedCrop (8 to 100 % of the
+area, aspect 3/4 to 4/3) and a horizontal flip; "flip" is resize and flip; "none" is resize."""
 
 _T = TypeVar("_T")
 
@@ -123,12 +123,14 @@ def training_batches(
         epoch: 0 or more; every epoch has its own order, share and augmentation.
         fraction: Share of the set, drawn anew each epoch.
         first_batch: Batches to pass over; their images are not read.
-        workers: Threads that read ahead; 0 reads when a batch is asked for. A set in memory needs none.
+        workers: Threads that read ahead; 0 reads when a batch is asked for. A set in memory needs
+            none.
         augment: "imagenet", "flip" or "none", see `Augment`.
         drop_last: Whether an incomplete last batch is left out.
         pin_memory: Whether the images lie in pinned memory; needs an accelerator.
         resize_policy: How "flip" and "none" make squares, "crop" or "squash".
-        strict: Whether an image that cannot be read stops the epoch, instead of being skipped and named.
+        strict: Whether an image that cannot be read stops the epoch, instead of being skipped and
+            named.
 
     Yields:
         The batches ``first_batch``, ``first_batch + 1``, … of the epoch.
@@ -259,8 +261,8 @@ def _mix(x: NDArray[Any]) -> NDArray[np.uint64]:
 def random_crop(height: int, width: int, chance: NDArray[np.float64]) -> tuple[int, int, int, int]:
     """The rectangle of torchvision's RandomResizedCrop, from given random numbers.
 
-    Up to ten draws of an area (8 to 100 %) and an aspect (3/4 to 4/3, log-uniform); the first that fits
-    is placed at random. When none fits, the centre, as large as the aspect allows.
+    Up to ten draws of an area (8 to 100 %) and an aspect (3/4 to 4/3, log-uniform); the first
+    that fits is placed at random. When none fits, the centre, as large as the aspect allows.
 
     Args:
         height: Of the image.

@@ -53,7 +53,7 @@ class ImageSource(Protocol):
         ...
 
     def boxes(self, index: int) -> NDArray[np.int32]:
-        """``[n, 4]`` (x0, y0, x1, y1) half-open in pixels of the image; n = 0 when there are none."""
+        """``[n, 4]`` (x0, y0, x1, y1) half-open, in pixels of the image; n may be 0."""
         ...
 
 
@@ -77,7 +77,7 @@ def open_source(spec: str | Path | ImageSource, split: str = "val") -> ImageSour
 
     | spec | what |
     |---|---|
-    | "synthetic", "synthetic:seed=3,images=400,size=64,classes=8" | the embedded set, drawn on the spot |
+    | "synthetic", "synthetic:seed=3,images=400,size=64,classes=8" | the embedded set |
     | "imagenet:DIR" | ImageNet in any layout, the split asked for |
     | "imagenet-val:DIR", "imagenet-train:DIR" | that split, whatever is asked for |
     | "folder:DIR" | class subfolders, or one flat folder; has no splits |

@@ -1,14 +1,16 @@
 """The embedded set: pictures of shapes with textures, drawn from a seed in a second or two.
 
 A class is a pair (shape, texture): "striped disc", "striped star", "dotted square", … The texture
-alone never names the class, and it tells something about it wherever a piece of the object shows, so
-a mask that hides the class must hide the whole object.
-Size, place, angle, proportions, colours and the ground are random and say nothing about the class;
-nor do the distractors, which wear the same colours and textures on shapes that belong to no class.
-Some pictures show two or three objects of their class.
+alone never names the class, and it tells something about it wherever a piece of the object shows,
+so a mask that hides the class must hide the whole object.
 
-The same scenes can be written as a tree of JPEG files in ImageNet's layout (`write_tree`), drawn anew
-at every file's own size and aspect ratio.
+Size, place, angle, proportions,
+colours and the ground are random and say nothing about the class; nor do the distractors, which
+wear the same colours and textures on shapes that belong to no class. Some pictures show two or
+three objects of their class.
+
+The same scenes can be written as a tree of JPEG files in ImageNet's layout (`write_tree`), drawn
+anew at every file's own size and aspect ratio.
 """
 
 from __future__ import annotations
@@ -195,8 +197,9 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
     """Opens the set of a spec.
 
     Args:
-        options: What follows "synthetic:", such as "" or "val,seed=3,images=400,size=96,classes=16". A
-            leading "train" or "val" overrides ``split``; ``images`` is the size of the split opened.
+        options: What follows "synthetic:", such as "" or
+            "val,seed=3,images=400,size=96,classes=16". A leading "train" or "val" overrides
+            ``split``; ``images`` is the size of the split opened.
         split: "train" or "val".
 
     Raises:
@@ -210,8 +213,8 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
         key, _, value = option.partition("=")
         if key not in ("images", "size", "classes", "seed") or not value.isdecimal():
             raise ValueError(
-                "synthetic: expected options among train, val, images=N, size=N, classes=N, seed=N, "
-                f"got {option!r}"
+                "synthetic: expected options among train, val, images=N, size=N, classes=N, "
+                f"seed=N, got {option!r}"
             )
         values[key] = int(value)
     if split not in IMAGES:
@@ -246,14 +249,14 @@ def _sample(
     shape = rng.integers(CLASS_SHAPES, len(SHAPES), (n, slots))
     worn, plain = np.unique(pairs[:, 1]), len(TEXTURES) - 1
     texture = np.where(
-        rng.random((n, slots)) < 0.65, plain, worn[rng.integers(0, len(worn), (n, slots))]
+        rng.random((n, slots)) < 0.75, plain, worn[rng.integers(0, len(worn), (n, slots))]
     )
     shape[:, DISTRACTORS:] = pairs[labels, 0, None]
     texture[:, DISTRACTORS:] = pairs[labels, 1, None]
 
     radius = rng.uniform(0.09, 0.17, (n, slots))
     radius[:, DISTRACTORS:] = (
-        rng.uniform(0.18, 0.36, (n, OBJECTS)) * np.where(objects > 1, 0.75, 1.0)[:, None]
+        rng.uniform(0.185, 0.35, (n, OBJECTS)) * np.where(objects > 1, 0.78, 1.0)[:, None]
     )
     present = np.empty((n, slots), np.bool_)
     present[:, :DISTRACTORS] = np.arange(DISTRACTORS) < rng.integers(0, DISTRACTORS + 1, n)[:, None]
@@ -379,27 +382,27 @@ def write_tree(
 ) -> Path:
     """Writes embedded sets as JPEG files in ImageNet's layout, with PASCAL VOC annotations for val.
 
-    Every scene is drawn anew at the size of its file: the scene's square is one shorter side wide, the
-    longer side shows more ground. Boxes are those of the drawn masks; they stand in the XML as half-open
-    coordinates, the way `casm_fast.data.imagenet` reads them. The folders' names are invented WordNet
-    ids, n90000000 for label 0; ``LOC_synset_mapping.txt`` says what they stand for.
+    Every scene is drawn anew at the size of its file: the scene's square is one shorter side wide,
+    the longer side shows more ground. Boxes are those of the drawn masks; they stand in the XML as
+    half-open coordinates, the way `casm_fast.data.imagenet` reads them. The folders' names are
+    invented WordNet ids, n90000000 for label 0; ``LOC_synset_mapping.txt`` says what they mean.
 
     Args:
         root: Folder to write into; created when missing.
         train: The training split, or None for none.
         val: The validation split, or None for none.
-        layout: "folders" has train/<wnid>/ and val/<wnid>/, "flat" has all of val in val/, "kaggle" is
-            ILSVRC/Data/CLS-LOC/{train,val} with a flat val, ILSVRC/Annotations and
+        layout: "folders" has train/<wnid>/ and val/<wnid>/, "flat" has all of val in val/,
+            "kaggle" is ILSVRC/Data/CLS-LOC/{train,val} with a flat val, ILSVRC/Annotations and
             LOC_val_solution.csv.
-        annotations: Folder of the XML files below ``root``, for example "annotations"; the Kaggle layout
-            has its own.
+        annotations: Folder of the XML files below ``root``, for example "annotations"; the Kaggle
+            layout has its own.
         sides: Least and largest shorter side in pixels.
-        aspect: The longer side is at most this many times the shorter one; two thirds of the pictures
-            are wider than high.
+        aspect: The longer side is at most this many times the shorter one; two thirds of the
+            pictures are wider than high.
         quality: Of the JPEG files.
         greyscale: Share of the files that hold one channel.
-        rotated: Share of the files whose pixels lie rotated under an EXIF orientation tag; size and boxes
-            in their XML are those of the upright picture.
+        rotated: Share of the files whose pixels lie rotated under an EXIF orientation tag; size
+            and boxes in their XML are those of the upright picture.
         seed: Of the sizes and the oddities.
         workers: Threads.
 

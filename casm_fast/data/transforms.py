@@ -18,8 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def resize(image: NDArray[np.uint8], size: int, policy: Policy = "crop") -> NDArray[np.uint8]:
     """A picture as a square, bilinear with antialiasing.
 
-    "crop" gives the pixels of torchvision's ``Resize(size)`` followed by ``CenterCrop(size)`` on a PIL
-    picture, "squash" those of ``Resize((size, size))``.
+    "crop" gives the pixels of torchvision's ``Resize(size)`` followed by ``CenterCrop(size)`` on a
+    PIL picture, "squash" those of ``Resize((size, size))``.
 
     Args:
         image: ``[H, W, 3]`` uint8 RGB.
@@ -78,12 +78,14 @@ def normalize(
     """(x / 255 - mean) / std, on the device of the input.
 
     Args:
-        images: ``[B, H, W, 3]`` or ``[B, 3, H, W]`` uint8 (a picture of width 3 is taken as the former).
+        images: ``[B, H, W, 3]`` or ``[B, 3, H, W]`` uint8 (a picture of width 3 is taken as the
+            former).
         mean: Per channel, of pixels in [0, 1].
         std: Per channel.
 
     Returns:
-        ``[B, 3, H, W]`` float32, contiguous; bitwise what torchvision's ToTensor and Normalize give.
+        ``[B, 3, H, W]`` float32, contiguous; bitwise what torchvision's ToTensor and Normalize
+        give.
 
     Raises:
         TypeError: The images are not uint8.
