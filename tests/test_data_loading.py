@@ -392,5 +392,5 @@ def test_training_in_memory_is_fast(memory):
             source, size=32, batch_size=100, seed=0, epoch=0, augment="flip"
         )
     )
-    # 60,000 images of 32x32 a second measured on one thread; a slow machine gets twenty times.
+    # 110,000 images a second measured on one thread; a slow machine gets forty times.
     assert images / (time.process_time() - start) > 3000
