@@ -326,7 +326,8 @@ def test_flat_val_without_classes_says_what_to_do(trees, tmp_path):
         ImageNetSource(root)
     assert str(caught.value) == (
         f"imagenet: expected class folders in {root}/val, or beside a flat one "
-        "LOC_val_solution.csv, a ground-truth list or XML annotations, got none; give `ground_truth=` or `annotations=`"
+        "LOC_val_solution.csv, a ground-truth list or XML annotations, got none; give "
+        "`ground_truth=` or `annotations=`"
     )
 
 
