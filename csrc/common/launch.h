@@ -1,6 +1,6 @@
 // How a .cu file starts its kernels. The same sources compile under nvcc and, for the tests, as plain C++ with
-// CASM_FAST_EMULATED, where tests/emulator runs every thread of a block as a fiber. So the callers use these and nothing
-// else of the CUDA run time:
+// CASM_FAST_EMULATED, where tests/emulator runs every thread of a block as a fiber. So the callers use these and
+// nothing else of the CUDA run time:
 //
 //   const Device device(mask);                        // guard: allocations and launches go to the tensor's device
 //   launch(kernel, dim3(blocks, B), dim3(256), bytes, device, pixels, H, W);   // current stream, launch check
@@ -91,7 +91,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
   if (shared_bytes > kSharedWithoutPermission)
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(static_cast<Params>(args)...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

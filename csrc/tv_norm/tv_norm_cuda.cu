@@ -1,12 +1,13 @@
 // tv_norm on CUDA.
 //
-// A thread owns kPack neighbouring columns (16 bytes) over kRows rows and walks down them, so that each row is loaded once
-// and serves as "below" and then as "here"; the one column to the right (and to the left, for the gradient) comes again as a
-// single pixel out of L1. The gradient is a gather: the flow from above is carried along in registers, the flow from the
-// left is computed again. Every border is a replicated pixel, whose difference is zero. Bytes per float pixel: 4 for the
-// value, 8 for the gradient, 8 for both together. Sums go thread, warp, block, image in an order that depends on (H, W)
-// alone, so that a mask has the same value in every batch. Images of up to 32 threads (28x28) share a block, one warp each.
-// Limits: rows that do not start on 16 bytes (W not a multiple of the pack, an odd address) take one pixel per load.
+// A thread owns kPack neighbouring columns (16 bytes) over kRows rows and walks down them, so that each row is loaded
+// once and serves as "below" and then as "here"; the one column to the right (and to the left, for the gradient) comes
+// again as a single pixel out of L1. The gradient is a gather: the flow from above is carried along in registers, the
+// flow from the left is computed again. Every border is a replicated pixel, whose difference is zero. Bytes per float
+// pixel: 4 for the value, 8 for the gradient, 8 for both together. Sums go thread, warp, block, image in an order that
+// depends on (H, W) alone, so that a mask has the same value in every batch. Images of up to 32 threads (28x28) share a
+// block, one warp each. Limits: rows that do not start on 16 bytes (W not a multiple of the pack, an odd address) take
+// one pixel per load.
 
 #include "common/dispatch.h"
 #include "common/reduce.h"
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(kThreads)
       T row_term = 0;
 #pragma unroll
       for (int j = 1; j <= kPack; ++j)
-        row_term += tv_value<kBeta, kIsotropic>(here.values[j + 1] - here.values[j], below.values[j] - here.values[j],
-                                                beta);
+        row_term +=
+            tv_value<kBeta, kIsotropic>(here.values[j + 1] - here.values[j], below.values[j] - here.values[j], beta);
       if (y < layout.H) term += row_term;
       here = below;
     }
@@ -124,9 +125,8 @@ __global__ void __launch_bounds__(kThreads)
     below.load(image + place.y * W, place.x, layout.W);
 #pragma unroll
     for (int j = 1; j <= kPack; ++j)
-      from_above[j - 1] = tv_flow<kBeta, kIsotropic>(here.values[j + 1] - here.values[j],
-                                                     below.values[j] - here.values[j], beta)
-                              .down;
+      from_above[j - 1] =
+          tv_flow<kBeta, kIsotropic>(here.values[j + 1] - here.values[j], below.values[j] - here.values[j], beta).down;
     here = below;
 
     // 2. Down the strip.
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRows; ++r) {
       const int y = place.y + r;
       below.load(image + min(y + 1, layout.H - 1) * W, place.x, layout.W);
-      T from_left = tv_flow<kBeta, kIsotropic>(here.values[1] - here.values[0], below.values[0] - here.values[0], beta)
-                        .right;
+      T from_left =
+          tv_flow<kBeta, kIsotropic>(here.values[1] - here.values[0], below.values[0] - here.values[0], beta).right;
       Pack<scalar_t, kPack> grad;
       T row_term = 0;
 #pragma unroll

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib
 import os
 import pkgutil
@@ -33,6 +34,7 @@ def why_not() -> str | None:
     return None
 
 
+@functools.cache
 def build(sanitize: str = "", target: str = "casm_fast_emulated") -> Path:
     """Builds the library where its sources changed, one process at a time, and returns its path.
 
@@ -56,7 +58,9 @@ def build(sanitize: str = "", target: str = "casm_fast_emulated") -> Path:
                 [str(part) for part in command], capture_output=True, text=True, env=environment
             )
             if done.returncode != 0:
-                raise RuntimeError(f"the emulated kernels did not compile:\n{done.stdout}{done.stderr}")
+                raise RuntimeError(
+                    f"the emulated kernels did not compile:\n{done.stdout}{done.stderr}"
+                )
     return folder / "tests" / "emulator" / f"{target}.so"
 
 

@@ -1,4 +1,5 @@
-// The scheduler of the emulated GPU: one fiber per thread, blocks one after another. emulated_cuda.h says what it checks.
+// The scheduler of the emulated GPU: one fiber per thread, blocks one after another. emulated_cuda.h says what it
+// checks.
 
 #include "emulated_cuda.h"
 
@@ -38,8 +39,8 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 
 #if defined(__x86_64__)
-// Saves what a call must preserve, stores the stack pointer at `from`, and goes on where `to` was stored. ucontext would
-// enter the kernel twice per switch for the signal mask.
+// Saves what a call must preserve, stores the stack pointer at `from`, and goes on where `to` was stored. ucontext
+// would enter the kernel twice per switch for the signal mask.
 extern "C" __attribute__((visibility("hidden"))) void casm_fast_switch(void** from, void* to);
 asm(R"(
   .text
@@ -293,7 +294,8 @@ void fiber_main() {
   const void* bottom = nullptr;
   size_t bytes = 0;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  if (!gpu.caller.stack) gpu.caller.stack = const_cast<char*>(static_cast<const char*>(bottom)), gpu.caller.stack_bytes = bytes;
+  if (!gpu.caller.stack)
+    gpu.caller.stack = const_cast<char*>(static_cast<const char*>(bottom)), gpu.caller.stack_bytes = bytes;
 #endif
   gpu.run(gpu.arguments);
   Thread& self = *gpu.running;
@@ -434,10 +436,12 @@ const Brought& meet(Meeting meeting, unsigned mask, uint64_t value, Where where)
 
 void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, void (*run)(void*), void* arguments) {
   const uint64_t count = static_cast<uint64_t>(block.x) * block.y * block.z;
-  STD_TORCH_CHECK(count >= 1 && count <= 1024 && block.z <= 64, "emulated CUDA: expected 1 to 1024 threads per block, got ", count);
-  STD_TORCH_CHECK(grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535, "emulated CUDA: the grid is too large: ",
-                  grid.x, " x ", grid.y, " x ", grid.z);
-  STD_TORCH_CHECK(shared_bytes >= 0 && shared_bytes <= kMaxSharedBytes, "emulated CUDA: too much shared memory: ", shared_bytes);
+  STD_TORCH_CHECK(count >= 1 && count <= 1024 && block.z <= 64,
+                  "emulated CUDA: expected 1 to 1024 threads per block, got ", count);
+  STD_TORCH_CHECK(grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535,
+                  "emulated CUDA: the grid is too large: ", grid.x, " x ", grid.y, " x ", grid.z);
+  STD_TORCH_CHECK(shared_bytes >= 0 && shared_bytes <= kMaxSharedBytes,
+                  "emulated CUDA: too much shared memory: ", shared_bytes);
 
   const std::lock_guard lock(gpu.one_launch_at_a_time);
   const char* seed = std::getenv("CASM_FAST_EMULATOR_SEED");

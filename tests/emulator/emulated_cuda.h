@@ -1,5 +1,6 @@
-// CUDA as the kernels of this project use it, for a C++ compiler: the language (qualifiers, threadIdx, vector types), the
-// intrinsics, and launch(). csrc/common/launch.h includes it where CASM_FAST_EMULATED is defined; nothing else does.
+// CUDA as the kernels of this project use it, for a C++ compiler: the language (qualifiers, threadIdx, vector types),
+// the intrinsics, and launch(). csrc/common/launch.h includes it where CASM_FAST_EMULATED is defined; nothing else
+// does.
 //
 // Every thread of a block is a fiber. Fibers give way only where the machine could tell (barriers, warp operations, and
 // now and then atomics), and whose turn it is next is drawn from CASM_FAST_EMULATOR_SEED: a result that depends on the
@@ -9,10 +10,11 @@
 //   - a warp operation whose mask leaves out the caller, names a lane that has left or never was, or differs between
 //     lanes; a shuffle that reads a lane outside its mask;
 //   - blocks, grids and shared memory larger than a GPU has.
-// Shared memory is poisoned (0xFF: NaN, -1) before every block, and dynamic shared memory is a heap block of exactly the
-// asked size, so that AddressSanitizer sees an access beside it. Static shared memory is thread_local, which is only a way to
-// get it into a segment of its own that can be found and poisoned.
-// It does not show: reordering by the memory model, bank conflicts, register and shared memory budgets together, speed.
+// Shared memory is poisoned (0xFF: NaN, -1) before every block, and dynamic shared memory is a heap block of exactly
+// the asked size, so that AddressSanitizer sees an access beside it. Static shared memory is thread_local, which is
+// only a way to get it into a segment of its own that can be found and poisoned; UndefinedBehaviorSanitizer checks its
+// indices. It does not show: interleaving of plain loads and stores between two places where fibers give way,
+// reordering by the memory model, bank conflicts, register and shared memory budgets together, speed.
 #pragma once
 
 #include <algorithm>
@@ -40,18 +42,12 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define CASM_FAST_VECTORS(T, name, align2, align4)                                           \
-  struct alignas(align2) name##2 {                                                           \
-    T x, y;                                                                                  \
-  };                                                                                         \
-  struct name##3 {                                                                           \
-    T x, y, z;                                                                               \
-  };                                                                                         \
-  struct alignas(align4) name##4 {                                                           \
-    T x, y, z, w;                                                                            \
-  };                                                                                         \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                 \
-  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                         \
+#define CASM_FAST_VECTORS(T, name, align2, align4)                   \
+  struct alignas(align2) name##2 { T x, y; };                        \
+  struct name##3 { T x, y, z; };                                     \
+  struct alignas(align4) name##4 { T x, y, z, w; };                  \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 CASM_FAST_VECTORS(signed char, char, 2, 4)
 CASM_FAST_VECTORS(unsigned char, uchar, 2, 4)
@@ -94,8 +90,8 @@ struct Brought {
   uint64_t value[kWarp];
 };
 
-// Waits until every lane of `mask` has come to the same operation, then returns what each of them brought. The reference
-// stays valid until the caller's next warp operation.
+// Waits until every lane of `mask` has come to the same operation, then returns what each of them brought. The
+// reference stays valid until the caller's next warp operation.
 const Brought& meet(Meeting meeting, unsigned mask, uint64_t value, Where where);
 
 // Waits until every thread of the block is here; returns how many brought `predicate`.
@@ -126,12 +122,13 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
     void (*kernel)(Params...);
     std::tuple<Params...> arguments;
   } call{kernel, {static_cast<Params>(args)...}};
-  run_grid(grid, block, shared_bytes,
-           [](void* opaque) {
-             const Call& call = *static_cast<Call*>(opaque);
-             std::apply(call.kernel, call.arguments);
-           },
-           &call);
+  run_grid(
+      grid, block, shared_bytes,
+      [](void* opaque) {
+        const Call& call = *static_cast<Call*>(opaque);
+        std::apply(call.kernel, call.arguments);
+      },
+      &call);
 }
 
 template <typename T>
@@ -196,7 +193,8 @@ T exchange(T* address, F next) {
 constexpr int warpSize = casm_fast::emulated::kWarp;
 
 // Where the caller stands; the default argument of every operation that can wait or fail.
-#define CASM_FAST_WHERE ::casm_fast::emulated::Where where = ::casm_fast::emulated::Where::here(__builtin_FILE(), __builtin_LINE())
+#define CASM_FAST_WHERE \
+  ::casm_fast::emulated::Where where = ::casm_fast::emulated::Where::here(__builtin_FILE(), __builtin_LINE())
 
 // ---------------------------------------------------------------- barriers
 inline void __syncthreads(CASM_FAST_WHERE) { casm_fast::emulated::block_barrier(false, where); }
@@ -295,8 +293,10 @@ template <typename T>
   requires casm_fast::emulated::OneOf<T, int, unsigned, unsigned long long, float, double>
 T atomicAdd(T* address, casm_fast::emulated::Same<T> value) {
   return casm_fast::emulated::exchange(address, [&](T old) {
-    if constexpr (std::is_same_v<T, int>) return int(unsigned(old) + unsigned(value));  // wraps
-    else return T(old + value);
+    if constexpr (std::is_same_v<T, int>)
+      return int(unsigned(old) + unsigned(value));  // wraps
+    else
+      return T(old + value);
   });
 }
 template <typename T>
@@ -353,7 +353,8 @@ inline unsigned __brev(unsigned x) {
   return reversed;
 }
 inline unsigned long long __brevll(unsigned long long x) {
-  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(x))) << 32 | __brev(static_cast<unsigned>(x >> 32));
+  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(x))) << 32 |
+         __brev(static_cast<unsigned>(x >> 32));
 }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << (shift & 31)) >> 32);
@@ -371,15 +372,25 @@ inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x
 
 // ---------------------------------------------------------------- memory and arithmetic
 template <typename T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 template <typename T>
-T __ldcs(const T* address) { return *address; }
+T __ldcs(const T* address) {
+  return *address;
+}
 template <typename T>
-T __ldcg(const T* address) { return *address; }
+T __ldcg(const T* address) {
+  return *address;
+}
 template <typename T>
-void __stcs(T* address, casm_fast::emulated::Same<T> value) { *address = value; }
+void __stcs(T* address, casm_fast::emulated::Same<T> value) {
+  *address = value;
+}
 template <typename T>
-void __stcg(T* address, casm_fast::emulated::Same<T> value) { *address = value; }
+void __stcg(T* address, casm_fast::emulated::Same<T> value) {
+  *address = value;
+}
 
 using std::max;
 using std::min;
