@@ -2,6 +2,8 @@
 // to, and what guards memory. casm_fast/ops/jitter_mask.py says what the ops compute.
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <optional>
 
 #include "common/checks.h"
@@ -19,6 +21,69 @@ CASM_FAST_HD inline int64_t cell_of(int64_t y, int64_t cells, int64_t pixels) { 
 // The first pixel of cell u; the cell ends where the next one begins. Empty where cells outnumber pixels.
 CASM_FAST_HD inline int64_t first_pixel(int64_t u, int64_t cells, int64_t pixels) {
   return ceil_div(u * pixels, cells);
+}
+
+// ---------------------------------------------------------------- Gaussian weights
+//
+// Pixel v of an axis lies at t = (v + 0.5) cells / pixels - 0.5, in cells. Its weights are exp(-(u - t)^2 / 2 sigma^2)
+// over all cells u, divided by their sum. They are rounded to multiples of half an ulp of 1 (2^-24 for float), by
+// rounding their running sums: then they add up to 1 exactly, in any order, each is off by about one such unit, and
+// a mask of ones becomes ones. Weights that round to zero are not stored: this alone bounds the window.
+
+// How far, in cells, a weight can be told from zero: where exp(-(d^2 - d0^2) / 2 sigma^2) < half a unit, with d0 <= 1/2
+// the distance of the nearest cell.
+template <typename A>
+double gaussian_reach(double sigma) {
+  const double half_unit = std::log(2.0) * (std::numeric_limits<A>::digits + 1);
+  return std::sqrt(0.25 + 2 * sigma * sigma * half_unit) + 1e-6;  // a margin for the rounding of t
+}
+
+// The number of weights per pixel. sigma 0 takes the cell that the pixel belongs to.
+template <typename A>
+int64_t tap_count(double sigma, int64_t cells) {
+  if (sigma == 0) return 1;
+  const double taps = std::floor(2 * gaussian_reach<A>(sigma)) + 1;
+  return taps < double(cells) ? int64_t(taps) : cells;
+}
+
+// The first cell that pixel v weighs, of `taps`.
+CASM_FAST_HD inline int64_t first_cell(int64_t v, int64_t cells, int64_t pixels, int64_t taps, double sigma,
+                                       double reach) {
+  if (sigma == 0) return cell_of(v, cells, pixels);
+  const double t = (double(v) + 0.5) * double(cells) / double(pixels) - 0.5;
+  const double first = std::ceil(t - reach), last = double(cells - taps);
+  return first < 0 ? 0 : int64_t(first < last ? first : last);
+}
+
+// Writes the weights of pixel v, in the arithmetic of P. Neighbouring terms of a Gaussian have ratios that form a
+// geometric series, so two exponentials make the row. (No sigma is so small that it makes 0 / 0 here.)
+template <typename A, typename P>
+CASM_FAST_HD void gaussian_weights(int64_t v, int64_t cells, int64_t pixels, int64_t first, int64_t taps, double sigma,
+                                   A* weight) {
+  if (sigma == 0) {
+    weight[0] = 1;
+    return;
+  }
+  const P inverse = P(1 / (2 * sigma * sigma + 1e-30));
+  const int64_t nearest = (2 * v + 1) * cells / (2 * pixels), centre = nearest - first;
+  // The distance of the nearest cell, from integers: exact before the one division.
+  const P d = P((2 * nearest + 1) * pixels - (2 * v + 1) * cells) / P(2 * pixels);
+  const P step = std::exp(-2 * inverse);
+  P term = 1, ratio = std::exp(-(1 + 2 * d) * inverse), sum = 1;
+  weight[centre] = 1;
+  for (int64_t k = centre + 1; k < taps; ++k, ratio *= step) sum += weight[k] = A(term *= ratio);
+  term = 1, ratio = std::exp(-(1 - 2 * d) * inverse);
+  for (int64_t k = centre - 1; k >= 0; --k, ratio *= step) sum += weight[k] = A(term *= ratio);
+
+  const P units = P(int64_t(1) << std::numeric_limits<A>::digits), scale = units / sum;
+  P running = 0, before = 0;
+  for (int64_t k = 0; k < taps; ++k) {
+    running += P(weight[k]) * scale;
+    P until = k + 1 == taps ? units : std::rint(running);
+    if (until > units) until = units;
+    weight[k] = A((until - before) / units);
+    before = until;
+  }
 }
 
 // ---------------------------------------------------------------- images as rows of neighbouring values
@@ -120,6 +185,41 @@ inline void check_blend(const Tensor& image, const OptionalTensor& reference, co
   check_same_image(image, reference);
   check_mask(image, mask);
   STD_TORCH_CHECK(mask.size(2) <= image.size(2) && mask.size(3) <= image.size(3), "mask must not exceed the image");
+}
+
+inline void check_sigma(double sigma) {
+  STD_TORCH_CHECK(sigma >= 0 && sigma <= std::numeric_limits<double>::max(), "sigma must be finite, at least 0");
+}
+
+inline void check_size(int64_t H, int64_t W) { STD_TORCH_CHECK(H > 0 && W > 0, "a size must be positive"); }
+
+inline void check_single(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.dim() == 4 && mask.size(1) == 1 && mask.size(2) > 0 && mask.size(3) > 0,
+                  "masks must be [B, 1, h, w] with pixels");
+}
+
+inline void check_offset(const Tensor& image, const Tensor& offset) {
+  check_same_device(image, offset);
+  STD_TORCH_CHECK(offset.scalar_type() == ScalarType::Int && offset.dim() == 2 && offset.size(0) == image.size(0) &&
+                      offset.size(1) == 2,
+                  "offset must be [B, 2] int32");
+}
+
+// `image` is what moves, [B, C, Hi, Wi]; the window that is seen is [H, W].
+inline void check_jitter(const Tensor& image, const OptionalTensor& reference, const Tensor& mask, const Tensor& offset,
+                         int64_t H, int64_t W, double sigma) {
+  check_image(image);
+  check_same_image(image, reference);
+  check_mask(image, mask);
+  check_offset(image, offset);
+  check_size(H, W);
+  check_sigma(sigma);
+  STD_TORCH_CHECK(image.size(2) >= H && image.size(3) >= W, "the window must not exceed the image");
+}
+
+// Where the window of a batch begins along one axis; offsets that do not fit are clamped.
+CASM_FAST_HD inline int64_t clamped(int64_t offset, int64_t room) {
+  return offset < 0 ? 0 : offset < room ? offset : room;
 }
 
 }  // namespace casm_fast

@@ -1,11 +1,17 @@
 // blend, upsample_mask and jitter_mask on the CPU.
 //
-// Images are walked in strips of rows. The mask of a strip is expanded once into a buffer that stays in the first-level
+// Images are walked in strips of rows. The mask of a strip is evaluated into a buffer that stays in the first-level
 // cache and serves every channel, so that images are read and written once and no mask of image size is stored.
 // Gradients of masks are gathers in a fixed order: they do not depend on the number of threads.
+//
+// Gaussian upsampling is M = A_y m A_x^T with banded A. A task, some rows of one image, first makes m A_x^T for the
+// mask rows that it needs (25 KiB for 28x28 to 224x224), from which a row of M takes one multiplication per tap and
+// pixel. The gradient goes the same way back: strips of slopes are folded into A_y^T (slopes), then into cells.
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -94,15 +100,17 @@ void blend_strip(const Frame& frame, Rows<const T> image, Rows<const T> referenc
 
 int64_t rows_per_strip(const Frame& frame) { return std::clamp<int64_t>(kStrip / frame.length, 1, frame.H); }
 
-// Calls `f(b, first, last)` for every strip of rows of every image, in parallel.
-template <typename F>
-void for_strips(const Frame& frame, int64_t rows, const F& f) {
+// Calls `f(b, first, last, scratch)` for every strip of rows of every image, in parallel. `scratch` has room for
+// `values`.
+template <typename A, typename F>
+void for_strips(const Frame& frame, int64_t rows, int64_t values, const F& f) {
   const int64_t strips = ceil_div(frame.H, rows);
-  const int64_t grain = std::max<int64_t>(1, kTaskWork / (rows * frame.length * frame.planes));
-  torch::stable::parallel_for(0, frame.B * strips, grain, [&](int64_t begin, int64_t end) {
+  const int64_t work = std::max<int64_t>(1, rows * frame.length * frame.planes);
+  torch::stable::parallel_for(0, frame.B * strips, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> scratch(new A[values]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % strips * rows;
-      f(i / strips, first, std::min(first + rows, frame.H));
+      f(i / strips, first, std::min(first + rows, frame.H), scratch.get());
     }
   });
 }
@@ -141,18 +149,16 @@ void blend_images(const Frame& frame, Rows<const T> image, Rows<const T> referen
   if constexpr (std::is_same_v<M, A>) {
     // A mask of image size in the arithmetic type is read where it lies.
     if (frame.repeat == 1 && h == frame.H && w == frame.W() && mask.row == w) {
-      return for_strips(frame, rows_per_strip(frame), [&](int64_t b, int64_t first, int64_t last) {
+      return for_strips<A>(frame, rows_per_strip(frame), 0, [&](int64_t b, int64_t first, int64_t last, A*) {
         blend_strip(frame, image, reference, mask.at(b, 0, first), out, b, first, last);
       });
     }
   }
   const std::vector<int32_t> column = columns_of(frame, w);
   const int64_t rows = rows_per_strip(frame);
-  for_strips(frame, rows, [&](int64_t b, int64_t first, int64_t last) {
-    static thread_local std::vector<A> keep;
-    keep.resize(rows * frame.length);
-    expand_rows(mask, h, column, frame, b, first, last, keep.data());
-    blend_strip<T, A>(frame, image, reference, keep.data(), out, b, first, last);
+  for_strips<A>(frame, rows, rows * frame.length, [&](int64_t b, int64_t first, int64_t last, A* keep) {
+    expand_rows(mask, h, column, frame, b, first, last, keep);
+    blend_strip<T, A>(frame, image, reference, keep, out, b, first, last);
   });
 }
 
@@ -225,6 +231,376 @@ Tensor blend_backward_mask(const Tensor& grad_in, const Tensor& image_in, const 
   return grad_mask;
 }
 
+// ---------------------------------------------------------------- Gaussian upsampling
+
+// 64 bytes of neighbours: one register of AVX-512, two of AVX2, four of SSE2 and NEON.
+template <typename A>
+struct Block {
+  typedef A Type __attribute__((vector_size(64)));
+  static constexpr int64_t kWidth = 64 / sizeof(A);
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
+
+// The banded matrix A [pixels, cells] of one axis.
+template <typename A>
+struct Band {
+  int64_t cells, pixels, taps;
+  std::vector<int64_t> first;       // [pixels] the first cell that a pixel weighs
+  std::vector<A> weight;            // [pixels, taps]
+  std::vector<int64_t> begin, end;  // [cells] the pixels that weigh a cell
+
+  Band(int64_t cells, int64_t pixels, double sigma)
+      : cells(cells),
+        pixels(pixels),
+        taps(tap_count<A>(sigma, cells)),
+        first(pixels),
+        weight(pixels * taps),
+        begin(cells, pixels),
+        end(cells, 0) {
+    const double reach = gaussian_reach<A>(sigma);
+    for (int64_t v = 0; v < pixels; ++v) {
+      first[v] = first_cell(v, cells, pixels, taps, sigma, reach);
+      gaussian_weights<A, double>(v, cells, pixels, first[v], taps, sigma, &weight[v * taps]);
+      for (int64_t u = first[v]; u < first[v] + taps; ++u) {
+        begin[u] = std::min(begin[u], v);
+        end[u] = v + 1;
+      }
+    }
+  }
+};
+
+// Both axes of an upsampling, and A_x once more with the pixels of a cell side by side, padded with zeros to blocks.
+template <typename A>
+struct Upsampling {
+  Band<A> y, x;
+  int64_t stride;             // W, rounded up to blocks
+  std::vector<A> transposed;  // A_x^T [w, stride]
+
+  Upsampling(int64_t h, int64_t w, int64_t H, int64_t W, double sigma)
+      : y(h, H, sigma), x(w, W, sigma), stride(round_up(W, Block<A>::kWidth)), transposed(w * stride) {
+    for (int64_t v = 0; v < W; ++v)
+      for (int64_t k = 0; k < x.taps; ++k) transposed[(x.first[v] + k) * stride + v] = x.weight[v * x.taps + k];
+  }
+
+  // The cells that rows [first, last) weigh.
+  int64_t first_row(int64_t first) const { return y.first[first]; }
+  int64_t last_row(int64_t last) const { return y.first[last - 1] + y.taps; }
+};
+
+// Row u of m A_x^T, for u in [from, to): wide [to - from, stride].
+template <typename M, typename A>
+void widen(const Upsampling<A>& up, Rows<const M> mask, int64_t b, int64_t from, int64_t to, A* wide) {
+  using V = typename Block<A>::Type;
+  constexpr int64_t n = Block<A>::kWidth;
+  for (int64_t u = from; u < to; ++u, wide += up.stride) {
+    const M* row = mask.at(b, 0, u);
+    for (int64_t x = 0; x < up.stride; x += n) {
+      const int64_t last = std::min(x + n, up.x.pixels) - 1;
+      V sum = {};
+      for (int64_t cell = up.x.first[x]; cell < up.x.first[last] + up.x.taps; ++cell) {
+        V column;
+        std::memcpy(&column, &up.transposed[cell * up.stride + x], sizeof(V));
+        sum += column * A(load(row[cell]));
+      }
+      std::memcpy(wide + x, &sum, sizeof(V));
+    }
+  }
+}
+
+// Rows [first, last) of M from `wide`, which begins at mask row `from`: keep [last - first, W * repeat].
+template <typename A>
+void evaluate_rows(const Upsampling<A>& up, const A* wide, int64_t from, int64_t first, int64_t last, int64_t repeat,
+                   A* keep) {
+  using V = typename Block<A>::Type;
+  constexpr int64_t n = Block<A>::kWidth;
+  const int64_t W = up.x.pixels, taps = up.y.taps;
+  for (int64_t y = first; y < last; ++y) {
+    const A* weight = &up.y.weight[y * taps];
+    const A* rows = wide + (up.y.first[y] - from) * up.stride;
+    for (int64_t x = 0; x < W; x += n) {
+      V sum = {};
+      for (int64_t k = 0; k < taps; ++k) {
+        V row;
+        std::memcpy(&row, rows + k * up.stride + x, sizeof(V));
+        sum += row * weight[k];
+      }
+      const int64_t count = std::min(n, W - x);
+      if (repeat == 1 && count == n) {
+        std::memcpy(keep, &sum, sizeof(V));
+      } else {
+        for (int64_t i = 0; i < count * repeat; ++i) keep[i] = sum[i / repeat];
+      }
+      keep += count * repeat;
+    }
+  }
+}
+
+// How an image is cut into tasks: enough of them for every thread when the batch is small, none when it is large. The
+// cut must not depend on the number of threads, because sums over tasks would.
+struct Cut {
+  int64_t tasks, rows;
+  Cut(int64_t B, int64_t H) {
+    constexpr int64_t kTasks = 32, kFewestRows = 8;
+    const int64_t wanted = std::clamp<int64_t>(ceil_div(kTasks, std::max<int64_t>(B, 1)), 1, ceil_div(H, kFewestRows));
+    rows = ceil_div(H, wanted);
+    tasks = ceil_div(H, rows);
+  }
+};
+
+// Calls `f(b, first, last, keep)` for strips of rows of the window under the mask `keep` [last - first, length].
+template <typename M, typename A, typename F>
+void for_upsampled_strips(const Frame& frame, const Upsampling<A>& up, Rows<const M> mask, const F& f) {
+  const Cut cut(frame.B, frame.H);
+  const int64_t rows = std::min(rows_per_strip(frame), cut.rows);
+  const int64_t work = std::max<int64_t>(1, cut.rows * frame.length * frame.planes);
+  torch::stable::parallel_for(0, frame.B * cut.tasks, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> wide(new A[up.y.cells * up.stride]), keep(new A[rows * frame.length]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / cut.tasks, top = i % cut.tasks * cut.rows, bottom = std::min(top + cut.rows, frame.H);
+      const int64_t from = up.first_row(top);
+      widen(up, mask, b, from, up.last_row(bottom), wide.get());
+      for (int64_t first = top; first < bottom; first += rows) {
+        const int64_t last = std::min(first + rows, bottom);
+        evaluate_rows(up, wide.get(), from, first, last, frame.repeat, keep.get());
+        f(b, first, last, keep.get());
+      }
+    }
+  });
+}
+
+// folded [to - from, stride] += A_y^T slope, where slope [last - first, stride] holds rows [first, last).
+template <typename A>
+void fold_rows(const Upsampling<A>& up, const A* slope, int64_t first, int64_t last, int64_t from, A* folded) {
+  using V = typename Block<A>::Type;
+  const int64_t taps = up.y.taps;
+  for (int64_t u = up.first_row(first); u < up.last_row(last); ++u) {
+    const int64_t begin = std::max(first, up.y.begin[u]), end = std::min(last, up.y.end[u]);
+    A* into = folded + (u - from) * up.stride;
+    for (int64_t x = 0; x < up.stride; x += Block<A>::kWidth) {
+      V sum;
+      std::memcpy(&sum, into + x, sizeof(V));
+      for (int64_t y = begin; y < end; ++y) {
+        V row;
+        std::memcpy(&row, slope + (y - first) * up.stride + x, sizeof(V));
+        sum += row * up.y.weight[y * taps + u - up.y.first[y]];
+      }
+      std::memcpy(into + x, &sum, sizeof(V));
+    }
+  }
+}
+
+// cells [w] = folded A_x, for one row of `folded`.
+template <typename A>
+void fold_columns(const Upsampling<A>& up, const A* folded, A* cells) {
+  using V = typename Block<A>::Type;
+  constexpr int64_t n = Block<A>::kWidth;
+  for (int64_t cell = 0; cell < up.x.cells; ++cell) {
+    V sum = {};
+    for (int64_t x = up.x.begin[cell] / n * n; x < up.x.end[cell]; x += n) {
+      V weight, value;
+      std::memcpy(&weight, &up.transposed[cell * up.stride + x], sizeof(V));
+      std::memcpy(&value, folded + x, sizeof(V));
+      sum += weight * value;
+    }
+    cells[cell] = 0;
+    for (int64_t i = 0; i < n; ++i) cells[cell] += sum[i];
+  }
+}
+
+// The gradient of a mask: `slopes(b, p, y, sum)` adds the slopes of row y of plane p to sum [length].
+template <typename A, typename M, typename F>
+void gather_slopes(const Frame& frame, const Upsampling<A>& up, M* grad_mask, const F& slopes) {  // [B, h, w]
+  const Cut cut(frame.B, frame.H);
+  const int64_t h = up.y.cells, w = up.x.cells, W = frame.W(), repeat = frame.repeat;
+  const int64_t rows = std::min(rows_per_strip(frame), cut.rows);
+  const int64_t work = std::max<int64_t>(1, cut.rows * frame.length * frame.planes);
+  const std::unique_ptr<A[]> partial(new A[frame.B * cut.tasks * h * w]);
+  torch::stable::parallel_for(0, frame.B * cut.tasks, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+    std::vector<A> folded(h * up.stride), slope(rows * up.stride), line(repeat > 1 ? frame.length : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / cut.tasks, top = i % cut.tasks * cut.rows, bottom = std::min(top + cut.rows, frame.H);
+      const int64_t from = up.first_row(top), to = up.last_row(bottom);
+      std::fill_n(folded.begin(), (to - from) * up.stride, A(0));
+      for (int64_t first = top; first < bottom; first += rows) {
+        const int64_t last = std::min(first + rows, bottom);
+        for (int64_t y = first; y < last; ++y) {
+          A* row = &slope[(y - first) * up.stride];
+          A* sum = repeat > 1 ? line.data() : row;
+          std::fill_n(sum, frame.length, A(0));
+          for (int64_t p = 0; p < frame.planes; ++p) slopes(b, p, y, sum);
+          for (int64_t x = 0; repeat > 1 && x < W; ++x) row[x] = sum_of(sum + x * repeat, repeat);
+        }
+        fold_rows(up, slope.data(), first, last, from, folded.data());
+      }
+      for (int64_t u = from; u < to; ++u) fold_columns(up, &folded[(u - from) * up.stride], &partial[(i * h + u) * w]);
+    }
+  });
+  torch::stable::parallel_for(0, frame.B * h, ceil_div(kTaskWork, w * cut.tasks), [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(w);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / h, u = i % h;
+      std::fill(sum.begin(), sum.end(), A(0));
+      for (int64_t task = 0; task < cut.tasks; ++task) {
+        const int64_t top = task * cut.rows, bottom = std::min(top + cut.rows, frame.H);
+        if (u < up.first_row(top) || u >= up.last_row(bottom)) continue;
+        const A* cells = &partial[((b * cut.tasks + task) * h + u) * w];
+        for (int64_t cell = 0; cell < w; ++cell) sum[cell] += cells[cell];
+      }
+      for (int64_t cell = 0; cell < w; ++cell) store(grad_mask[i * w + cell], sum[cell]);
+    }
+  });
+}
+
+Tensor upsample_mask(const Tensor& mask_in, int64_t H, int64_t W, double sigma) {
+  check_single(mask_in);
+  check_size(H, W);
+  check_sigma(sigma);
+  const Tensor mask = with_rows(mask_in, false);
+  const Frame frame{mask.size(0), 1, H, W, 1};
+  const Tensor out = empty_image(mask, H, W, false);
+  for_dtypes(mask, mask, [&]<typename T, typename M>() {
+    const Upsampling<acc_t<T>> up(mask.size(2), mask.size(3), H, W, sigma);
+    T* large = out.mutable_data_ptr<T>();
+    for_upsampled_strips(frame, up, rows_of<T>(mask, false),
+                         [&](int64_t b, int64_t first, int64_t last, const acc_t<T>* keep) {
+                           T* rows = large + (b * H + first) * W;
+                           for (int64_t i = 0; i < (last - first) * W; ++i) store(rows[i], keep[i]);
+                         });
+  });
+  return out;
+}
+
+Tensor upsample_mask_backward(const Tensor& grad_in, int64_t h, int64_t w, double sigma) {
+  check_single(grad_in);
+  check_size(h, w);
+  check_sigma(sigma);
+  const Tensor grad = with_rows(grad_in, false);
+  const Frame frame = frame_of(grad, grad.size(2), grad.size(3), false);
+  Tensor grad_mask = torch::stable::new_empty(grad, {frame.B, 1, h, w});
+  for_dtypes(grad, grad, [&]<typename T, typename M>() {
+    const Upsampling<acc_t<T>> up(h, w, frame.H, frame.W(), sigma);
+    const Rows<const T> rows = rows_of<T>(grad, false);
+    gather_slopes(frame, up, grad_mask.mutable_data_ptr<T>(), [&](int64_t b, int64_t p, int64_t y, acc_t<T>* sum) {
+      const T* row = rows.at(b, p, y);
+      for (int64_t x = 0; x < frame.length; ++x) sum[x] += load(row[x]);
+    });
+  });
+  return grad_mask;
+}
+
+// ---------------------------------------------------------------- jitter_mask
+
+// The windows of a batch: images [B, C, Hi, Wi] are seen from (y, x) on, which is clamped so that the window fits.
+struct Windows {
+  const int32_t* offset;  // [B, 2]
+  int64_t room_y, room_x, repeat;
+
+  Windows(const Tensor& offset, int64_t Hi, int64_t Wi, const Frame& frame)
+      : offset(offset.const_data_ptr<int32_t>()), room_y(Hi - frame.H), room_x(Wi - frame.W()), repeat(frame.repeat) {}
+  int64_t y(int64_t b) const { return clamped(offset[2 * b], room_y); }
+  int64_t x(int64_t b) const { return clamped(offset[2 * b + 1], room_x) * repeat; }
+
+  // Image b as seen from its window; null stays null.
+  template <typename T>
+  Rows<T> see(Rows<T> image, int64_t b) const {
+    if (image) image.data += y(b) * image.row + x(b);
+    return image;
+  }
+};
+
+Tensor jitter_mask(const Tensor& image_in, const OptionalTensor& reference_in, const Tensor& mask_in,
+                   const Tensor& offset_in, int64_t H, int64_t W, double sigma) {
+  check_jitter(image_in, reference_in, mask_in, offset_in, H, W, sigma);
+  const bool interleaved = is_interleaved(image_in);
+  const Tensor image = with_rows(image_in, interleaved), mask = with_rows(mask_in, false);
+  const OptionalTensor reference = with_rows(reference_in, interleaved);
+  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Frame frame = frame_of(image, H, W, interleaved);
+  const Windows windows(offset, image.size(2), image.size(3), frame);
+  const Tensor out = empty_image(image, H, W, interleaved);
+  for_dtypes(image, mask, [&]<typename T, typename M>() {
+    using A = acc_t<T>;
+    const Upsampling<A> up(mask.size(2), mask.size(3), H, W, sigma);
+    const Rows<const T> images = rows_of<T>(image, interleaved), references = rows_of<T>(reference, interleaved);
+    const Rows<T> outs = mutable_rows_of<T>(out, interleaved);
+    for_upsampled_strips(
+        frame, up, rows_of<M>(mask, false), [&](int64_t b, int64_t first, int64_t last, const A* keep) {
+          blend_strip(frame, windows.see(images, b), windows.see(references, b), keep, outs, b, first, last);
+        });
+  });
+  return out;
+}
+
+Tensor jitter_mask_backward_mask(const Tensor& grad_in, const Tensor& image_in, const OptionalTensor& reference_in,
+                                 const Tensor& mask, const Tensor& offset_in, double sigma) {
+  check_image(grad_in);
+  const int64_t H = grad_in.size(2), W = grad_in.size(3), h = mask.size(2), w = mask.size(3);
+  check_jitter(image_in, reference_in, mask, offset_in, H, W, sigma);
+  check_same_dtype(image_in, grad_in);
+  check_same_device(image_in, grad_in);
+  STD_TORCH_CHECK(grad_in.size(0) == image_in.size(0) && grad_in.size(1) == image_in.size(1),
+                  "grad_out must be [B, C, H, W]");
+  const bool interleaved = is_interleaved(image_in);
+  const Tensor image = with_rows(image_in, interleaved), grad = with_rows(grad_in, interleaved);
+  const OptionalTensor reference = with_rows(reference_in, interleaved);
+  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Frame frame = frame_of(image, H, W, interleaved);
+  const Windows windows(offset, image.size(2), image.size(3), frame);
+  Tensor grad_mask = torch::stable::new_empty(mask, {frame.B, 1, h, w});
+  for_dtypes(image, mask, [&]<typename T, typename M>() {
+    using A = acc_t<T>;
+    const Upsampling<A> up(h, w, H, W, sigma);
+    const Rows<const T> grads = rows_of<T>(grad, interleaved), images = rows_of<T>(image, interleaved);
+    const Rows<const T> references = rows_of<T>(reference, interleaved);
+    gather_slopes(frame, up, grad_mask.mutable_data_ptr<M>(), [&](int64_t b, int64_t p, int64_t y, A* sum) {
+      add_slope_row(grads.at(b, p, y), windows.see(images, b).at(b, p, y),
+                    references ? windows.see(references, b).at(b, p, y) : nullptr, sum, frame.length);
+    });
+  });
+  return grad_mask;
+}
+
+// grad_out * M at the window, zero around it: the gradient of the image; with 1 - M that of the reference.
+Tensor jitter_mask_backward_image(const Tensor& grad_in, const Tensor& mask_in, const Tensor& offset_in, int64_t Hi,
+                                  int64_t Wi, double sigma, bool complement) {
+  check_image(grad_in);
+  check_mask(grad_in, mask_in);
+  check_offset(grad_in, offset_in);
+  check_sigma(sigma);
+  const bool interleaved = is_interleaved(grad_in);
+  const Tensor grad = with_rows(grad_in, interleaved), mask = with_rows(mask_in, false);
+  const Tensor offset = torch::stable::contiguous(offset_in);
+  const int64_t H = grad.size(2), W = grad.size(3);
+  STD_TORCH_CHECK(Hi >= H && Wi >= W, "the window must not exceed the image");
+  const Frame frame = frame_of(grad, H, W, interleaved);
+  const Windows windows(offset, Hi, Wi, frame);
+  const Tensor out = empty_image(grad, Hi, Wi, interleaved);
+  for_dtypes(grad, mask, [&]<typename T, typename M>() {
+    using A = acc_t<T>;
+    const Upsampling<A> up(mask.size(2), mask.size(3), H, W, sigma);
+    const Rows<const T> grads = rows_of<T>(grad, interleaved), none{};
+    const Rows<T> whole = mutable_rows_of<T>(out, interleaved);
+    const int64_t length = Wi * frame.repeat;
+    for_upsampled_strips(frame, up, rows_of<M>(mask, false),
+                         [&](int64_t b, int64_t first, int64_t last, const A* keep) {
+                           const int64_t y = windows.y(b), left = windows.x(b), right = left + frame.length;
+                           for (int64_t p = 0; p < frame.planes; ++p) {
+                             // The first strip also clears what lies above the window, the last one what lies below.
+                             for (int64_t row = first == 0 ? 0 : y + first; row < (last == H ? Hi : y + last); ++row) {
+                               T* values = whole.at(b, p, row);
+                               const bool inside = row >= y + first && row < y + last;
+                               std::fill(values, values + (inside ? left : length), T(0));
+                               if (inside) std::fill(values + right, values + length, T(0));
+                             }
+                           }
+                           blend_strip(frame, complement ? none : grads, complement ? grads : none, keep,
+                                       windows.see(whole, b), b, first, last);
+                         });
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace casm_fast
 
@@ -232,4 +608,9 @@ CASM_FAST_KERNELS(CPU, m) {
   m.impl("blend", TORCH_BOX(&casm_fast::blend));
   m.impl("blend_backward_mask", TORCH_BOX(&casm_fast::blend_backward_mask));
   m.impl("blend_backward_image", TORCH_BOX(&casm_fast::blend_backward_image));
+  m.impl("upsample_mask", TORCH_BOX(&casm_fast::upsample_mask));
+  m.impl("upsample_mask_backward", TORCH_BOX(&casm_fast::upsample_mask_backward));
+  m.impl("jitter_mask", TORCH_BOX(&casm_fast::jitter_mask));
+  m.impl("jitter_mask_backward_mask", TORCH_BOX(&casm_fast::jitter_mask_backward_mask));
+  m.impl("jitter_mask_backward_image", TORCH_BOX(&casm_fast::jitter_mask_backward_image));
 }
