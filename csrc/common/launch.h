@@ -91,7 +91,9 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
   if (shared_bytes > kSharedWithoutPermission)
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(static_cast<Params>(args)...);
+  // clang-format off: it takes the brackets of a launch for those of templates
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+  // clang-format on
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
