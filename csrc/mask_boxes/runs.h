@@ -1,0 +1,298 @@
+// Connected components of bits on the CPU, by runs.
+//
+// A run is a maximal stretch of kept pixels of a row. Runs are numbered in raster order; a union-find forest over these
+// numbers, in which a root is always the smallest number, collects them into components: the root of a component is the
+// run with its first pixel. The work follows the number of runs:
+//
+//   edges     Bits that differ from their left neighbour are the starts and ends of the runs, in turn; they are decoded
+//             into one stream of pixel numbers.
+//   contacts  Between two rows, every maximal stretch of `upper & lower` is one pair of touching runs, so its first bit
+//             stands for it. With 8-connectivity a run that starts where one of the other row ends is a pair as well.
+//   numbers   The run that holds (or last began before) a bit is found by counting the starts up to it in its word.
+//
+// No step asks pixel by pixel, and but for the loops over bits none branches on the data.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <memory>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "common/math.h"
+#include "mask_boxes/packing.h"
+
+namespace casm_fast {
+
+// Which runs a row has: [begin, end).
+struct RunRange {
+  int32_t begin, end;
+};
+
+// A row as bits, and where its runs are.
+struct RowBits {
+  uint64_t* bits;
+  uint64_t* edges;  // set where a bit differs from the one before it
+  int32_t* first;   // the number of the first run that starts in this word or later
+};
+
+// A slot for each run that a mask can have; memory that no run needs is never touched. The rows are cut into bands, which
+// may be scanned at the same time.
+class Runs {
+ public:
+  Runs(int64_t height, int64_t width, int64_t band_rows)
+      : height_(height),
+        width_(width),
+        band_rows_(band_rows),
+        words_(ceil_div(width, 64)),
+        per_row_((width + 1) / 2),
+        slots_(per_row_ * height + kSlack * ceil_div(height, band_rows)),
+        edges_(new int32_t[2 * slots_]),
+        parent_(new int32_t[slots_]),
+        area_(new int32_t[slots_]),
+        rows_(new RunRange[height]) {}
+
+  int64_t bands() const { return ceil_div(height_, band_rows_); }
+
+  // Finds the runs of a band and joins them. kConnectivity 0 leaves them apart, for measure_all().
+  template <int kConnectivity, typename T, typename Keep>
+  void scan(const T* pixels, int64_t band, Keep keep);  // pixels [H, W]
+
+  // Once all bands are scanned: joins each band to the one above.
+  template <int kConnectivity, typename T, typename Keep>
+  void join_bands(const T* pixels, Keep keep);
+
+  // Once all is joined: points every run at its root.
+  void flatten();
+
+  // Once flat: sums the lengths of the runs of every component on its root. Returns the root of the largest (the first
+  // in raster order among equals), or -1 when there are no runs.
+  int32_t sum_areas();
+
+  // Box (x0, y0, x1, y1) and area of the component of `root`, or of all runs.
+  void measure(int32_t root, int32_t* box, int32_t* area) const;
+  void measure_all(int32_t* box, int32_t* area) const;
+
+  // The rows of a band of labels [H, W]: the number of the component's first pixel, plus one; 0 in the background.
+  void paint(int64_t band, int32_t* labels) const;
+
+ private:
+  static constexpr int kSlack = 16;  // behind each band, because decoding writes whole vectors
+
+  int64_t band_end(int64_t band) const { return std::min((band + 1) * band_rows_, height_); }
+
+  template <typename T, typename Keep>
+  RunRange read_row(const T* row, int64_t y, int32_t run, Keep keep, RowBits out);
+  template <int kConnectivity>
+  void join_rows(const RowBits& upper, const RowBits& lower);
+  int32_t find(int32_t run);
+  void unite(int32_t a, int32_t b);
+
+  int64_t height_, width_, band_rows_, words_, per_row_, slots_;
+  std::unique_ptr<int32_t[]> edges_, parent_, area_;  // [2 * runs], [runs], [runs]
+  std::unique_ptr<RunRange[]> rows_;                  // [H]
+};
+
+// The memory of the two rows that a scan looks at.
+class RowPair {
+ public:
+  explicit RowPair(int64_t words) : bits_(new uint64_t[4 * words]()), first_(new int32_t[2 * words]()) {
+    upper = {bits_.get(), bits_.get() + words, first_.get()};
+    lower = {bits_.get() + 2 * words, bits_.get() + 3 * words, first_.get() + words};
+  }
+  RowBits upper, lower;
+
+ private:
+  std::unique_ptr<uint64_t[]> bits_;
+  std::unique_ptr<int32_t[]> first_;
+};
+
+// Writes origin + i for every set bit i, and some values more that the next call overwrites.
+inline int32_t* decode(uint64_t word, int32_t origin, int32_t* out) {
+#ifdef __AVX512F__
+  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i numbers = _mm512_add_epi32(steps, _mm512_set1_epi32(origin));
+  for (int i = 0; i < 4; ++i, word >>= 16) {
+    const __mmask16 chosen = static_cast<__mmask16>(word);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(chosen, numbers));
+    out += std::popcount(static_cast<uint16_t>(word));
+    numbers = _mm512_add_epi32(numbers, _mm512_set1_epi32(16));
+  }
+#else
+  for (; word; word &= word - 1) *out++ = origin + std::countr_zero(word);
+#endif
+  return out;
+}
+
+template <typename T, typename Keep>
+RunRange Runs::read_row(const T* row, int64_t y, int32_t run, Keep keep, RowBits out) {
+  int32_t* edge = edges_.get() + 2 * int64_t(run);
+  const int32_t first_run = run;
+  uint64_t carry = 0;
+  for (int64_t j = 0; j < words_; ++j) {
+    const uint64_t bits = pack(row + 64 * j, int(std::min<int64_t>(64, width_ - 64 * j)), keep);
+    const uint64_t edges = bits ^ (bits << 1 | carry);
+    carry = bits >> 63;
+    out.bits[j] = bits;
+    out.edges[j] = edges;
+    out.first[j] = run;
+    if (edges) edge = decode(edges, int32_t(y * width_ + 64 * j), edge);
+    run += std::popcount(edges & bits);
+  }
+  if (carry) *edge = int32_t((y + 1) * width_);  // a run that ends with the row, the row with a word
+  for (int32_t i = first_run; i < run; ++i) parent_[i] = i;
+  return rows_[y] = {first_run, run};
+}
+
+inline int32_t Runs::find(int32_t run) {
+  int32_t* const parent = parent_.get();
+  int32_t root = parent[parent[run]];  // two steps are most often enough, and cost no branch
+  while (root != parent[root]) {
+    parent[root] = parent[parent[root]];
+    root = parent[root];
+  }
+  parent[run] = root;
+  return root;
+}
+
+inline void Runs::unite(int32_t a, int32_t b) {
+  const int32_t root_a = find(a), root_b = find(b);
+  parent_[std::max(root_a, root_b)] = std::min(root_a, root_b);
+}
+
+template <int kConnectivity>
+void Runs::join_rows(const RowBits& upper, const RowBits& lower) {
+  uint64_t carry = 0;
+  for (int64_t j = 0; j < words_; ++j) {
+    const uint64_t up = upper.bits[j], low = lower.bits[j], both = up & low;
+    uint64_t contacts = both & ~(both << 1 | carry);
+    carry = both >> 63;
+    if constexpr (kConnectivity == 8) contacts |= upper.edges[j] & lower.edges[j] & (up ^ low);
+    const uint64_t up_starts = upper.edges[j] & up, low_starts = lower.edges[j] & low;
+    for (; contacts; contacts &= contacts - 1) {
+      const uint64_t upto = contacts ^ (contacts - 1);  // the bits up to the lowest contact, included
+      unite(upper.first[j] + std::popcount(up_starts & upto) - 1, lower.first[j] + std::popcount(low_starts & upto) - 1);
+    }
+  }
+}
+
+template <int kConnectivity, typename T, typename Keep>
+void Runs::scan(const T* pixels, int64_t band, Keep keep) {
+  RowPair rows(words_);
+  int32_t run = int32_t(band * (band_rows_ * per_row_ + kSlack));
+  bool above = false;
+  for (int64_t y = band * band_rows_; y < band_end(band); ++y) {
+    const RunRange runs = read_row(pixels + y * width_, y, run, keep, rows.lower);
+    run = runs.end;
+    const bool here = runs.begin != runs.end;
+    if constexpr (kConnectivity != 0) {
+      if (above && here) join_rows<kConnectivity>(rows.upper, rows.lower);
+    }
+    above = here;
+    std::swap(rows.upper, rows.lower);
+  }
+}
+
+template <int kConnectivity, typename T, typename Keep>
+void Runs::join_bands(const T* pixels, Keep keep) {
+  RowPair rows(words_);
+  const auto read_again = [&](int64_t y, RowBits out) {
+    int32_t run = rows_[y].begin;
+    uint64_t carry = 0;
+    for (int64_t j = 0; j < words_; ++j) {
+      const int count = int(std::min<int64_t>(64, width_ - 64 * j));
+      const uint64_t bits = pack(pixels + y * width_ + 64 * j, count, keep);
+      out.bits[j] = bits;
+      out.edges[j] = bits ^ (bits << 1 | carry);
+      out.first[j] = run;
+      run += std::popcount(out.edges[j] & bits);
+      carry = bits >> 63;
+    }
+  };
+  for (int64_t y = band_rows_; y < height_; y += band_rows_) {
+    read_again(y - 1, rows.upper);
+    read_again(y, rows.lower);
+    join_rows<kConnectivity>(rows.upper, rows.lower);
+  }
+}
+
+inline void Runs::flatten() {
+  int32_t* const parent = parent_.get();
+  for (int64_t y = 0; y < height_; ++y)
+    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) parent[i] = parent[parent[i]];
+}
+
+inline int32_t Runs::sum_areas() {
+  for (int64_t y = 0; y < height_; ++y) {
+    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) {
+      area_[i] = 0;  // a root comes before every other run of its component
+      area_[parent_[i]] += edges_[2 * int64_t(i) + 1] - edges_[2 * int64_t(i)];
+    }
+  }
+  int32_t largest = -1, most = 0;
+  for (int64_t y = 0; y < height_; ++y) {
+    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) {
+      if (area_[i] > most) {
+        most = area_[i];
+        largest = i;
+      }
+    }
+  }
+  return largest;
+}
+
+inline void Runs::measure(int32_t root, int32_t* box, int32_t* area) const {
+  if (root < 0) {
+    std::fill(box, box + 4, 0);
+    *area = 0;
+    return;
+  }
+  int64_t y = edges_[2 * int64_t(root)] / width_;
+  int32_t x0 = int32_t(width_), x1 = 0;
+  box[1] = int32_t(y);
+  for (; y < height_; ++y) {
+    const int32_t origin = int32_t(y * width_);
+    bool present = false;
+    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) {
+      const bool mine = parent_[i] == root;
+      x0 = std::min(x0, mine ? edges_[2 * int64_t(i)] - origin : x0);
+      x1 = std::max(x1, mine ? edges_[2 * int64_t(i) + 1] - origin : x1);
+      present |= mine;
+    }
+    if (!present) break;  // a component skips no row
+  }
+  box[0] = x0;
+  box[2] = x1;
+  box[3] = int32_t(y);
+  *area = area_[root];
+}
+
+inline void Runs::measure_all(int32_t* box, int32_t* area) const {
+  int32_t x0 = int32_t(width_), x1 = 0, y0 = int32_t(height_), y1 = 0, sum = 0;
+  for (int64_t y = 0; y < height_; ++y) {
+    const RunRange runs = rows_[y];
+    if (runs.begin == runs.end) continue;
+    const int32_t origin = int32_t(y * width_);
+    x0 = std::min(x0, edges_[2 * int64_t(runs.begin)] - origin);
+    x1 = std::max(x1, edges_[2 * int64_t(runs.end) - 1] - origin);
+    y0 = std::min(y0, int32_t(y));
+    y1 = int32_t(y) + 1;
+    for (int32_t i = runs.begin; i < runs.end; ++i) sum += edges_[2 * int64_t(i) + 1] - edges_[2 * int64_t(i)];
+  }
+  const int32_t found[4] = {x0, y0, x1, y1};
+  for (int i = 0; i < 4; ++i) box[i] = sum ? found[i] : 0;
+  *area = sum;
+}
+
+inline void Runs::paint(int64_t band, int32_t* labels) const {
+  std::fill(labels + band * band_rows_ * width_, labels + band_end(band) * width_, 0);
+  for (int64_t y = band * band_rows_; y < band_end(band); ++y) {
+    for (int64_t i = rows_[y].begin; i < rows_[y].end; ++i)
+      std::fill(labels + edges_[2 * i], labels + edges_[2 * i + 1], edges_[2 * int64_t(parent_[i])] + 1);
+  }
+}
+
+}  // namespace casm_fast
