@@ -7,6 +7,16 @@ synchronisation, output shapes that depend on input shapes alone.
 
 from casm_fast.ops.blur_mask import blur_mask, gaussian_blur
 from casm_fast.ops.jitter_mask import blend, jitter_mask, upsample_mask
+from casm_fast.ops.mask_boxes import connected_components, mask_boxes
 from casm_fast.ops.tv_norm import tv_norm
 
-__all__ = ["blend", "blur_mask", "gaussian_blur", "jitter_mask", "tv_norm", "upsample_mask"]
+__all__ = [
+    "blend",
+    "blur_mask",
+    "connected_components",
+    "gaussian_blur",
+    "jitter_mask",
+    "mask_boxes",
+    "tv_norm",
+    "upsample_mask",
+]

@@ -26,7 +26,8 @@ def check_tensor(
     value: object,
     shape: str,
     channels: int | None = None,
-    cpu_dtypes: tuple[torch.dtype, ...] = CPU_DTYPES,
+    cpu_dtypes: tuple[torch.dtype, ...] | None = None,
+    also: tuple[torch.dtype, ...] = (),
 ) -> Tensor:
     """Checks a floating tensor of four dimensions on a device and in a dtype that have kernels.
 
@@ -36,7 +37,8 @@ def check_tensor(
         value: What the user passed.
         shape: The shape that is expected, as written in messages, such as ``[B, 1, H, W]``.
         channels: The size of dimension 1, where it is fixed.
-        cpu_dtypes: The dtypes that the op has CPU kernels for.
+        cpu_dtypes: The dtypes that the op has CPU kernels for; `CPU_DTYPES` when not given.
+        also: Dtypes that the op has kernels for beyond floating ones, on every device.
 
     Raises:
         TypeError: Not a tensor, or a dtype without kernels.
@@ -48,7 +50,8 @@ def check_tensor(
         raise ValueError(f"{op}: expected `{name}` of shape {shape}, got {shape_of(value)}")
     if value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"{op}: expected `{name}` to have pixels, got {shape_of(value)}")
-    dtypes = cpu_dtypes if value.device.type == "cpu" else CUDA_DTYPES
+    dtypes = (cpu_dtypes or CPU_DTYPES) if value.device.type == "cpu" else CUDA_DTYPES
+    dtypes = dtypes + also
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(value.dtype).removeprefix("torch.")

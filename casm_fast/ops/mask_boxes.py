@@ -40,7 +40,8 @@ _NOWHERE = 2**31  # above every label
 def _fixed_order_sum(pixels: Tensor) -> float:
     """The float64 sum of ``[n]`` in the order of csrc/mask_boxes/mask_boxes.h, NaN as zero."""
     total = 0.0
-    for block in pixels.double().nan_to_num(0.0, math.inf, -math.inf).split(_BLOCK):
+    numbers = pixels.double().nan_to_num(0.0, math.inf, -math.inf)
+    for block in torch.split(numbers, _BLOCK):
         padded = torch.nn.functional.pad(block, (0, -len(block) % _LANES))
         lanes = torch.zeros(_LANES, dtype=torch.float64, device=pixels.device)
         for row in padded.view(-1, _LANES):
@@ -249,9 +250,14 @@ def connected_components(binary: Tensor, connectivity: int = 4) -> Tensor:
 
     Not differentiable. Exact, and bitwise equal on every device.
     """
-    masks = isinstance(binary, Tensor) and binary.dtype in (torch.bool, torch.uint8)
-    floats = binary.float() if masks and binary.dim() == 0 else binary
-    check_tensor("connected_components", "binary", floats, "[B, 1, H, W]", channels=1)
+    check_tensor(
+        "connected_components",
+        "binary",
+        binary,
+        "[B, 1, H, W]",
+        channels=1,
+        also=(torch.bool, torch.uint8),
+    )
     _check_size("connected_components", "binary", binary)
     _check_connectivity("connected_components", connectivity)
     labels: Tensor = torch.ops.casm_fast.connected_components(binary, connectivity)

@@ -22,7 +22,7 @@
 
 namespace casm_fast {
 
-constexpr int kSumLanes = 1024;              // 512 CUDA threads hold two each; 8 KB of doubles stay in the L1 cache
+constexpr int kSumLanes = 1024;                // 512 CUDA threads hold two each; 8 KB of doubles stay in the L1 cache
 constexpr int64_t kSumBlock = 64 * kSumLanes;  // 256x256: one block up to there, and tasks enough beyond
 
 enum class Rule { level, mean, area, value, energy };
@@ -94,8 +94,8 @@ CASM_FAST_HD inline level_t value_level(const Statistics& s, double alpha) {
   return level_t(alpha <= 1 && level > s.max ? s.max : level);
 }
 
-// Rule "area": how many of the highest pixels reach down to the quantile, counting the quantile itself: n - k + 1, where
-// k = 1 + int((n - 1) * (1 - alpha * mean) + 0.5), clamped to 1..n. A NaN for the mean counts as a mean of 1.
+// Rule "area": how many of the highest pixels reach down to the quantile, counting the quantile itself: n - k + 1,
+// where k = 1 + int((n - 1) * (1 - alpha * mean) + 0.5), clamped to 1..n. A NaN for the mean counts as a mean of 1.
 CASM_FAST_HD inline int64_t quantile_depth(const Statistics& s, double alpha) {
   const double last = double(s.count - 1);
   double below = product(last, 1 - product(alpha, s.sum / double(s.count))) + 0.5;

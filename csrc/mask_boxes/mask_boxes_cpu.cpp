@@ -2,8 +2,8 @@
 // pixels into bits (packing.h), bits into runs and runs into components (runs.h).
 //
 // Many images: one task each, so that the second pass finds the mask in the cache. Few large ones: their rows are cut
-// into bands, which are scanned in parallel and then joined. Neither changes a result: a component is named by its first
-// pixel, whatever the order of the unions, and the sum for the level has one order.
+// into bands, which are scanned in parallel and then joined. Neither changes a result: a component is named by its
+// first pixel, whatever the order of the unions, and the sum for the level has one order.
 
 #include "common/dispatch.h"
 #include "mask_boxes/level_cpu.h"
@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor> mask_boxes(const Tensor& mask_in, std::optional<Tenso
       const T* const image = pixels + b * n;
       const AtLeast<T> keep{levels ? levels[b] : find_level(image, n, rule, alpha, parallel)};
       if (largest) {
-        for_connectivity(connectivity, [&]<int kConnectivity>() { collect<kConnectivity>(runs, image, keep, parallel); });
+        for_connectivity(connectivity,
+                         [&]<int kConnectivity>() { collect<kConnectivity>(runs, image, keep, parallel); });
         runs.measure(runs.sum_areas(), box + 4 * b, areas + b);
       } else {
         collect<0>(runs, image, keep, parallel);

@@ -39,8 +39,8 @@ struct RowBits {
   int32_t* first;   // the number of the first run that starts in this word or later
 };
 
-// A slot for each run that a mask can have; memory that no run needs is never touched. The rows are cut into bands, which
-// may be scanned at the same time.
+// A slot for each run that a mask can have; memory that no run needs is never touched. The rows are cut into bands,
+// which may be scanned at the same time.
 class Runs {
  public:
   Runs(int64_t height, int64_t width, int64_t band_rows)
@@ -174,7 +174,8 @@ void Runs::join_rows(const RowBits& upper, const RowBits& lower) {
     const uint64_t up_starts = upper.edges[j] & up, low_starts = lower.edges[j] & low;
     for (; contacts; contacts &= contacts - 1) {
       const uint64_t upto = contacts ^ (contacts - 1);  // the bits up to the lowest contact, included
-      unite(upper.first[j] + std::popcount(up_starts & upto) - 1, lower.first[j] + std::popcount(low_starts & upto) - 1);
+      unite(upper.first[j] + std::popcount(up_starts & upto) - 1,
+            lower.first[j] + std::popcount(low_starts & upto) - 1);
     }
   }
 }
