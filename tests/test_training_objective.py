@@ -156,7 +156,8 @@ def test_recipe_follows_the_data_and_yields_to_what_is_set() -> None:
         ({"seed": None}, "seed: expected a whole number >= 0, got None"),
         (
             {"batch_size": 1},
-            "batch_size: expected a whole number >= 2 (batch normalisation needs two images), got 1",
+            "batch_size: expected a whole number >= 2 (batch normalisation needs two images), "
+            "got 1",
         ),
         (
             {"epoch_fraction": 0},

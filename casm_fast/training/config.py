@@ -113,6 +113,7 @@ class Recipe:
     strategy: str
     backbone: str
     weights: str
+    decoder_width: int
     input_size: int
     augment: Augment
     batch_size: int
@@ -128,6 +129,7 @@ PAPER = Recipe(
     strategy="L100",
     backbone="resnet50",
     weights="imagenet",
+    decoder_width=64,
     input_size=224,
     augment="imagenet",
     batch_size=128,
@@ -143,6 +145,7 @@ EMBEDDED = Recipe(
     strategy="L",
     backbone="compact",
     weights="none",
+    decoder_width=16,
     input_size=64,
     augment="flip",
     batch_size=64,
@@ -217,6 +220,9 @@ class TrainConfig:
     tap0_projection: bool | None = None
     """A 1x1 convolution on the finest tap too (the paper's text); default: none for ResNets, as in
     the authors' code."""
+
+    decoder_width: int | None = None
+    """Channels of the decoder's 1x1 convolutions (paper: 64; embedded set: 16)."""
 
     infill: Infill = "mean"
     """What replaces the masked-out pixels: the mean colour, a constant colour, the blurred image,
@@ -423,6 +429,7 @@ RANGES: dict[str, tuple[type[int] | type[float], float, float, str]] = {
     "history_probability": (float, 0.0, 1.0, "a probability from 0 to 1"),
     "history_size": (int, 1, _MOST, "a whole number >= 1"),
     "infill_sigma": (float, 0.0, 1e6, "a number of pixels >= 0"),
+    "decoder_width": (int, 1, 1 << 16, "a whole number >= 1"),
     "input_size": (int, 8, 1 << 16, "a whole number of pixels >= 8"),
     "batch_size": (int, 2, _MOST, "a whole number >= 2 (batch normalisation needs two images)"),
     "epochs": (int, 0, _MOST, "a whole number >= 0"),

@@ -60,6 +60,7 @@ class Engine:
         history: The sampled classifiers.
         lambda_r: Current lambda_R, ``[]``, on the device.
         phase: ``"pretrain"`` or ``"casm"``, chosen by `begin`.
+        images: Images since the statistics were read.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Engine:
         )
         self.infill_colour = colour.view(1, 3, 1, 1).to(device)
         self._sums = torch.zeros(len(STATISTICS), device=device)
-        self._images = 0
+        self.images = 0
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.begin("pretrain")
 
@@ -262,7 +263,7 @@ class Engine:
         """
         self.check_finite()
         values = self._sums.tolist()
-        images, self._images = self._images, 0
+        images, self.images = self.images, 0
         self._sums.zero_()
         means = {
             name: value / max(images, 1) for name, value in zip(STATISTICS, values, strict=True)
@@ -299,7 +300,7 @@ class Engine:
             "history_steps": self.history.steps,
             "history_generator": self.history.generator.get_state(),
             "sums": self._sums,
-            "images": self._images,
+            "images": self.images,
             "bad_step": self._bad_step,
             "phase": self.phase,
         }
@@ -313,13 +314,13 @@ class Engine:
         self.lambda_r.copy_(state["lambda_r"])
         self.history.restore(state["history_steps"], snapshots, state["history_generator"])
         self._sums.copy_(state["sums"])
-        self._images = state["images"]
+        self.images = state["images"]
         self._bad_step.copy_(state["bad_step"])
 
     def _record(self, index: int, finite: Tensor, images: int, *means: Tensor) -> None:
         """Add batch means, in the order of `STATISTICS`; remember the first step not finite."""
         self._sums += images * torch.stack([mean.detach().float() for mean in means])
-        self._images += images
+        self.images += images
         self._bad_step = torch.where((self._bad_step < 0) & ~finite, index, self._bad_step)
 
     def _autocast(self) -> torch.autocast:

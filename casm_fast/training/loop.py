@@ -119,6 +119,7 @@ def build_networks(config: TrainConfig, source: ImageSource) -> SaliencyModel:
         classes=source.classes,
         weights=None if recipe.weights == "none" else recipe.weights,
         shared=config.shared_encoder,
+        width=recipe.decoder_width,
         tap0_projection=config.tap0_projection,
         input_size=recipe.input_size,
     )
@@ -302,9 +303,9 @@ class _Run:
         self.log.write({**self._where("val"), **scores})
 
     def _log_interval(self) -> None:
-        means = self.engine.statistics()
+        images, means = self.engine.images, self.engine.statistics()
         seconds = time.perf_counter() - self._clock
-        if self._seen:
+        if images:
             rate = self._seen / max(seconds, 1e-9)
             timing = {"images_per_second": round(rate, 1), "seconds": round(seconds, 3)}
             self.log.write({**self._where("train"), **means, **timing})
