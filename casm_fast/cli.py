@@ -23,7 +23,7 @@ from casm_fast.data.source import open_source
 from casm_fast.data.synthetic import SyntheticSource, write_tree
 from casm_fast.evaluation import evaluate
 from casm_fast.extraction import ExtractConfig, extract
-from casm_fast.report import write_report
+from casm_fast.report import report
 from casm_fast.training import TrainConfig, train
 
 try:
@@ -110,7 +110,7 @@ class Demo(Verb):
 
         say("[4/4] scores and report")
         scores = evaluate(extraction, json=folder / "scores.json")
-        page = write_report(extraction, scores, folder / "report.html", run=result.folder)
+        page = report(extraction, scores, folder / "report.html", run=result.folder)
         print(f"\n{scores}\n")
         print(f"report: {page} ({time.perf_counter() - started:.0f} s in all)")
 
@@ -209,7 +209,7 @@ class Report(Verb):
 
     def run(self) -> None:
         """Report."""
-        page = write_report(
+        page = report(
             self.boxes,
             evaluate(self.boxes),
             self.output,

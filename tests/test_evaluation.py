@@ -149,10 +149,10 @@ def test_perfect_boxes_have_no_error_and_disjoint_boxes_nothing_else() -> None:
     box, away = (2, 2, 8, 8), (9, 9, 12, 12)
     perfect = evaluate(table([row(str(i), box, [box]) for i in range(5)]))
     disjoint = evaluate(table([row(str(i), away, [box]) for i in range(5)]))
-    assert perfect.localization is not None
-    assert (perfect.localization.le, perfect.localization.om, perfect.localization.iou) == (0, 0, 1)
-    assert disjoint.localization is not None
-    assert (disjoint.localization.le, disjoint.localization.om, disjoint.localization.iou) == (
+    assert perfect.localisation is not None
+    assert (perfect.localisation.le, perfect.localisation.om, perfect.localisation.iou) == (0, 0, 1)
+    assert disjoint.localisation is not None
+    assert (disjoint.localisation.le, disjoint.localisation.om, disjoint.localisation.iou) == (
         1,
         1,
         0,
@@ -165,16 +165,16 @@ def test_an_iou_of_exactly_one_half_is_an_error() -> None:
     assert localization.box_iou([half], truth)[0] == 0.5
     for box, le in ((half, 1), (over, 0)):
         scores = evaluate(table([row("a", box, truth)]))
-        assert scores.localization is not None
-        assert scores.localization.le == le
+        assert scores.localisation is not None
+        assert scores.localisation.le == le
 
 
 def test_the_part_of_a_true_box_beyond_the_crop_counts() -> None:
     seen, whole = (0, 0, 8, 8), (-8, 0, 8, 8)
     scores = evaluate(table([row("a", seen, [whole])]))
-    assert scores.localization is not None
-    assert scores.localization.iou == 0.5
-    assert scores.localization.le == 1
+    assert scores.localisation is not None
+    assert scores.localisation.iou == 0.5
+    assert scores.localisation.le == 1
 
 
 def test_the_official_metric_asks_for_the_class_too() -> None:
@@ -186,8 +186,8 @@ def test_the_official_metric_asks_for_the_class_too() -> None:
         row("both wrong", (9, 9, 12, 12), [box], predicted=9, top5=[9, 8, 7, 6, 5]),
     ]
     scores = evaluate(table(rows))
-    assert scores.localization is not None
-    assert (scores.localization.le, scores.localization.om) == (0.5, 0.75)
+    assert scores.localisation is not None
+    assert (scores.localisation.le, scores.localisation.om) == (0.5, 0.75)
     assert (scores.top1, scores.top5) == (0.5, 0.75)
     whole = scores.baselines[1]
     assert (whole.name, whole.le, whole.om) == ("whole image", 1, 1)
@@ -195,8 +195,8 @@ def test_the_official_metric_asks_for_the_class_too() -> None:
 
 def test_without_labels_there_is_no_official_metric() -> None:
     scores = evaluate(table([row("a", (0, 0, 4, 4), [(0, 0, 4, 4)], label=-1)]))
-    assert scores.localization is not None
-    assert scores.localization.om is None
+    assert scores.localisation is not None
+    assert scores.localisation.om is None
     assert (scores.top1, scores.top5, scores.counts.labelled) == (None, None, 0)
 
 
@@ -205,14 +205,14 @@ def test_images_without_boxes_and_unreadable_images_are_named_and_left_out() -> 
     broken = {"image_id": "broken", "label": 0, "error": "truncated"}
     scores = evaluate(table([row("a", box, [box]), row("b", box, []), broken]))
     assert (scores.counts.images, scores.counts.localized, scores.counts.unreadable) == (3, 1, 1)
-    assert scores.localization is not None
-    assert scores.localization.le == 0
+    assert scores.localisation is not None
+    assert scores.localisation.le == 0
     assert "1 of 3 counted (1 unreadable, 1 without a true box)" in str(scores)
 
 
 def test_no_true_box_at_all_still_gives_statistics() -> None:
     scores = evaluate(table([row("a", (0, 0, 4, 4), None), row("b", (0, 0, 4, 4), None)]))
-    assert scores.localization is None
+    assert scores.localisation is None
     assert scores.baselines == ()
     assert scores.saliency.std == 0
     assert "no true boxes" in str(scores)
@@ -265,10 +265,10 @@ def test_scores_against_a_scalar_loop_in_any_order(cases: Any, order: Any) -> No
             best = max(best, shared / (len(pixels(box)) + len(pixels(other)) - shared))
         errors += not best > 0.5
     if total == 0:
-        assert scores.localization is None
+        assert scores.localisation is None
     else:
-        assert scores.localization is not None
-        assert scores.localization.le == pytest.approx(errors / total, abs=1e-15)
+        assert scores.localisation is not None
+        assert scores.localisation.le == pytest.approx(errors / total, abs=1e-15)
     order.shuffle(rows)
     assert evaluate(table(rows)) == scores
 
@@ -312,11 +312,11 @@ def test_the_printed_table_names_its_convention(tmp_path: Any) -> None:
     scores = evaluate(table([row("a", (2, 2, 8, 8), [(2, 2, 8, 8)])]))
     text = str(scores)
     for part in (
-        "Localization on synthetic:val",
+        "Localisation on synthetic:val",
         "centred box",
         "random box",
         "shorter side to 16, centre crop 16 x 16",
-        "m >= 1 * mean(m) (rule mean, alpha 1)",
+        "m >= mean(m) (rule mean, alpha 1)",
         "largest 4-connected component",
         "IoU > 0.5 (strictly)",
         "1 of 1 counted, none left out",
@@ -333,7 +333,7 @@ def test_a_file_gives_the_same_scores_as_the_table_and_json_on_request(tmp_path:
     scores = evaluate(path, json=tmp_path / "scores.json")
     assert scores == evaluate(rows) == score(*predictions.read(path))
     saved = json.loads((tmp_path / "scores.json").read_text())
-    assert saved["localization"]["iou"] == 36 / 42
+    assert saved["localisation"]["iou"] == 36 / 42
     assert saved["convention"]["rule"] == "mean"
     assert not math.isnan(saved["saliency"]["mean"])
 

@@ -389,7 +389,19 @@ def test_what_cannot_be_extracted_from_is_refused(tmp_path: Path) -> None:
         extract(tmp_path / "none.safetensors", Pixels(pictures(1), [[]]))
 
 
-def test_mixed_precision_gives_nearly_the_same_boxes(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="no CUDA device on this machine"
+            ),
+        ),
+    ],
+)
+def test_mixed_precision_gives_nearly_the_same_statistics(device: str) -> None:
     torch.manual_seed(0)
     model = build_model("compact", classes=3, input_size=32).to(device)
     source = generate(16, size=32, classes=3)

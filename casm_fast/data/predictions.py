@@ -55,9 +55,10 @@ class Convention:
     def threshold(self) -> str:
         """The threshold as a formula, for people."""
         alpha = f"{self.alpha:g}"
+        mean = "mean(m)" if self.alpha == 1 else f"{alpha} * mean(m)"
         return {
-            "mean": f"m >= {alpha} * mean(m)",
-            "area": f"the {alpha} * mean(m) share of pixels with the highest m",
+            "mean": f"m >= {mean}",
+            "area": f"the {mean} share of pixels with the highest m",
             "value": f"m >= min + {alpha} * (max - min)",
             "energy": f"the highest m that hold {alpha} of the mass",
         }.get(self.rule, f"{self.rule} {alpha}")

@@ -1,5 +1,5 @@
 """Scores of predicted boxes and saliency maps, and the convention behind them."""
 
-from casm_fast.evaluation.scores import Counts, Localization, Saliency, Scores, evaluate
+from casm_fast.evaluation.scores import Counts, Localisation, Saliency, Scores, evaluate
 
-__all__ = ["Counts", "Localization", "Saliency", "Scores", "evaluate"]
+__all__ = ["Counts", "Localisation", "Saliency", "Scores", "evaluate"]

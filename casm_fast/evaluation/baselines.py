@@ -1,4 +1,4 @@
-"""Boxes that look at no image: what a localization score is worth is what it has beyond theirs.
+"""Boxes that look at no image: what a localisation score is worth is what it has beyond theirs.
 
 The centred box is ``casm_fast.data.localization.centred_box``.
 """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from casm_fast.evaluation.scores import Localization, Scores
+    from casm_fast.evaluation.scores import Localisation, Scores
 
 
 def percent(share: float | None) -> str:
@@ -45,11 +45,11 @@ def convention_lines(scores: Scores) -> tuple[tuple[str, str], ...]:
 
 def render(scores: Scores) -> str:
     """The scores as a table for a terminal."""
-    lines = [f"Localization on {scores.source}", ""]
-    if scores.localization is None:
+    lines = [f"Localisation on {scores.source}", ""]
+    if scores.localisation is None:
         lines += ["  no true boxes: nothing to localize against", ""]
     else:
-        rows = [_row(entry) for entry in (scores.localization, *scores.baselines)]
+        rows = [_row(entry) for entry in (scores.localisation, *scores.baselines)]
         rows += [
             (entry.name, percent(entry.le), percent(entry.om), percent(entry.f1), "-", "-", "-")
             for entry in scores.published
@@ -73,7 +73,7 @@ def render(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def _row(entry: Localization) -> tuple[str, ...]:
+def _row(entry: Localisation) -> tuple[str, ...]:
     return (
         entry.name,
         percent(entry.le),

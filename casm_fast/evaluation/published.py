@@ -22,7 +22,7 @@ class Published:
 
     Attributes:
         name: Method and strategy.
-        le: Localization error.
+        le: Localisation error.
         om: Official metric, top-1.
         f1: Best F1 over the true boxes.
     """

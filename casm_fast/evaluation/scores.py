@@ -36,12 +36,12 @@ class HasTable(Protocol):
 
 
 @dataclass(frozen=True)
-class Localization:
+class Localisation:
     """How well one box per image finds the object; shares in [0, 1].
 
     Attributes:
         name: The method.
-        le: Localization error: share of images whose box has an IoU of at most 0.5 with every
+        le: Localisation error: share of images whose box has an IoU of at most 0.5 with every
             true box.
         om: Official metric with one guess: share of images whose box *or* predicted class is
             wrong; None without labels.
@@ -107,7 +107,7 @@ class Scores:
 
     Attributes:
         source: Canonical name of the images.
-        localization: Scores of the model; None when no image has a true box.
+        localisation: Scores of the model; None when no image has a true box.
         baselines: Scores of the centred box, the whole image and a random box on the same images.
         top1: Share of images whose predicted class is right; None without labels.
         top5: Share of images whose label is among the five most likely classes; None without
@@ -119,8 +119,8 @@ class Scores:
     """
 
     source: str
-    localization: Localization | None
-    baselines: tuple[Localization, ...]
+    localisation: Localisation | None
+    baselines: tuple[Localisation, ...]
     top1: float | None
     top5: float | None
     saliency: Saliency
@@ -211,7 +211,7 @@ def score(table: pa.Table, description: Description) -> Scores:
 
     model = None
     if truth:
-        model = _localization(
+        model = _localisation(
             "this model",
             _corners(readable)[localized],
             truth,
@@ -226,9 +226,9 @@ def score(table: pa.Table, description: Description) -> Scores:
     }
     return Scores(
         source=description.source,
-        localization=model,
+        localisation=model,
         baselines=tuple(
-            _localization(name, boxes, truth, size, right_where_known)
+            _localisation(name, boxes, truth, size, right_where_known)
             for name, boxes in simple.items()
             if truth
         ),
@@ -246,14 +246,14 @@ def score(table: pa.Table, description: Description) -> Scores:
     )
 
 
-def _localization(
+def _localisation(
     name: str,
     boxes: NDArray[np.integer[Any]],
     truth: Sequence[Sequence[Sequence[int]]],
     size: int,
     right: NDArray[np.bool_] | None,
     f1: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
-) -> Localization:
+) -> Localisation:
     """Score one box per image; ``f1`` is its best and mean F1, that of the box when omitted."""
     flat, owners = localization.pair(truth)
     best_iou = localization.best(localization.box_iou(boxes[owners], flat), owners, len(boxes))
@@ -264,7 +264,7 @@ def _localization(
             localization.mean(of_box, owners, len(boxes)),
         )
     found = best_iou > localization.THRESHOLD
-    return Localization(
+    return Localisation(
         name=name,
         le=1 - _mean(found),
         om=None if right is None else 1 - _mean(found & right),

@@ -87,6 +87,14 @@ def training_charts(records: Iterable[Mapping[str, Any]]) -> list[Chart]:
             (0.0, 1.0),
         ),
         (
+            "Localisation error",
+            "Share of validation images whose box has an IoU of at most 0.5 with every true box.",
+            casm,
+            "val",
+            (("LE", "localisation_error"),),
+            (0.0, 1.0),
+        ),
+        (
             "Size of the mask",
             "Mean saliency of the training images: the share of the picture that is marked.",
             casm,
@@ -101,14 +109,6 @@ def training_charts(records: Iterable[Mapping[str, Any]]) -> list[Chart]:
             casm,
             "train",
             (("entropy", "entropy"),),
-            None,
-        ),
-        (
-            "Loss of the classifier",
-            "Cross-entropy on the training images, in nats.",
-            casm,
-            "train",
-            (("loss", "loss"),),
             None,
         ),
     ]
@@ -134,6 +134,7 @@ def line_chart(
     Returns:
         An ``<svg>`` element.
     """
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
         for line, colour in zip(lines, (_FIRST, _SECOND), strict=False):
@@ -145,6 +146,7 @@ def line_chart(
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, 0), high)
         axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.set_xlabel(x_label)
         if len(lines) > 1:
             for line, colour in zip(lines, (_FIRST, _SECOND), strict=False):
@@ -264,4 +266,4 @@ def _svg(draw: Any) -> str:
     # The page sets size and font; the view box keeps the proportions.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    return re.sub(r" font-family: [^;\"]*;", "", svg)

@@ -82,13 +82,15 @@ class Strip:
         name: What the row is.
         say: What it shows.
         pictures: From left to right.
-        boxes: Whether boxes and captions are drawn.
+        boxes: Whether boxes are drawn.
+        captions: Whether IoU and class stand below.
     """
 
     name: str
     say: str
     pictures: tuple[Tile, ...]
     boxes: bool = False
+    captions: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Card:
         share: Length of its bar, in [0, 1].
         baseline: Where the centred box stands on the same bar.
         note: What it means.
+        compare: What it stands against.
     """
 
     name: str
@@ -108,9 +111,10 @@ class Card:
     share: float
     baseline: float | None
     note: str
+    compare: str = ""
 
 
-def write_report(
+def report(
     extraction: str | Path | pa.Table | HasTable,
     scores: str | Path | Mapping[str, Any] | HasDict,
     output: str | Path = "report.html",
@@ -218,42 +222,45 @@ class _Page:
         count = self.scores["counts"]["images"]
         found = self.description.convention
         return (
-            f"{count:,} images of {_place(self.description.source)}, one box each: the tight box "
+            f"{count:,} images {_place(self.description.source)}, one box each: the tight box "
             f"around the {'largest connected' if found.component == 'largest' else 'kept'} part of "
             "the saliency map. The model was never shown a box."
         )
 
     def cards(self) -> list[Card]:
         """The numbers that matter most."""
-        ours, cards = self.scores["localization"], []
-        center = next((b for b in self.scores["baselines"] if b["name"] == "centred box"), None)
-        if ours is not None and center is not None:
+        ours, cards = self.scores["localisation"], []
+        centre = next((b for b in self.scores["baselines"] if b["name"] == "centred box"), None)
+        if ours is not None and centre is not None:
             cards.append(
                 Card(
-                    "Localization error (LE)",
+                    "Localisation error, LE",
                     _percent(ours["le"]),
                     ours["le"],
-                    center["le"],
-                    f"Boxes with an IoU of 0.5 or less. Centred box: {_percent(center['le'])}.",
+                    centre["le"],
+                    "Boxes with an IoU of 0.5 or less.",
+                    f"Centred box: {_percent(centre['le'])}",
                 )
             )
             if ours["om"] is not None:
                 cards.append(
                     Card(
-                        "Official metric (OM)",
+                        "Official metric, OM",
                         _percent(ours["om"]),
                         ours["om"],
-                        center["om"],
-                        f"Box or class wrong. Centred box: {_percent(center['om'])}.",
+                        centre["om"],
+                        "Box or class is wrong.",
+                        f"Centred box: {_percent(centre['om'])}",
                     )
                 )
             cards.append(
                 Card(
-                    "F1 of the saliency map",
+                    "F1 of the saliency",
                     _percent(ours["f1"]),
                     ours["f1"],
-                    center["f1"],
-                    f"Saliency inside the true box. Centred box: {_percent(center['f1'])}.",
+                    centre["f1"],
+                    "How well it fills the true box.",
+                    f"Centred box: {_percent(centre['f1'])}",
                 )
             )
         if self.scores["top1"] is not None:
@@ -263,7 +270,8 @@ class _Page:
                     _percent(self.scores["top1"]),
                     self.scores["top1"],
                     None,
-                    f"Of the classifier trained along. Top-5: {_percent(self.scores['top5'])}.",
+                    "Of the classifier trained along.",
+                    f"Top-5: {_percent(self.scores['top5'])}",
                 )
             )
         statistics = self.scores["saliency"]
@@ -280,7 +288,7 @@ class _Page:
 
     def table_rows(self) -> list[dict[str, Any]]:
         """The model, the baselines, and published figures where they compare."""
-        ours = self.scores["localization"]
+        ours = self.scores["localisation"]
         if ours is None:
             return []
         rows = []
@@ -306,6 +314,8 @@ class _Page:
         s = self.scores["saliency"]
         spread = "" if s["std"] is None else f", which varies by {s['std']:.2f} between images"
         note = (
+            "LE counts boxes with an IoU of at most 0.5, OM boxes or classes that are wrong; F1 "
+            "compares the saliency itself with the best true box, or with all of them. "
             f"The saliency maps mark {_percent(s['mean'])} of a picture{spread}; "
             f"their total variation is {s['tv']:,.0f}, "
             f"their entropy {s['entropy']:.3f} bits (one-sided)."
@@ -336,6 +346,7 @@ class _Page:
                         for i, d in zip(indices, drawn, strict=True)
                     ),
                     boxes=True,
+                    captions=True,
                 ),
                 *self.forms(indices, drawn),
             ]
@@ -365,30 +376,31 @@ class _Page:
             if any(picture is not None for picture in made)
         ]
 
-    def extremes(self) -> list[Strip]:
+    def extremes(self) -> list[list[Strip]]:
         """The images with the highest and with the lowest IoU."""
         order = sorted(self.localized, key=lambda i: (-self.iou[i], str(self.rows[i]["image_id"])))
         if len(order) < 2 * self.columns:
             return []
-        strips = []
+        groups = []
         for name, say, indices in (
             ("Best", "the highest IoU", order[: self.columns]),
             ("Worst", "the lowest IoU", order[: -self.columns - 1 : -1]),
         ):
             drawn = self.draw(indices)
-            for form in ("original", "saliency"):
-                strips.append(
-                    Strip(
-                        name if form == "original" else "",
-                        say if form == "original" else "",
-                        tuple(
-                            self.tile(i, getattr(d, form), form)
-                            for i, d in zip(indices, drawn, strict=True)
-                        ),
-                        boxes=form == "original",
-                    )
+            originals, maps = (
+                tuple(
+                    self.tile(i, getattr(d, form), form)
+                    for i, d in zip(indices, drawn, strict=True)
                 )
-        return strips
+                for form in ("original", "saliency")
+            )
+            groups.append(
+                [
+                    Strip(name, say, originals, boxes=True, captions=True),
+                    Strip("", "", maps, boxes=True),
+                ]
+            )
+        return groups
 
     def histograms(self) -> list[Chart]:
         """How IoU and box size are distributed."""
@@ -396,7 +408,7 @@ class _Page:
             return []
         convention = self.description.convention
         size = convention.size
-        center = np.tile(localization.centred_box(size), (len(self.localized), 1))
+        centre = np.tile(localization.centred_box(size), (len(self.localized), 1))
         flat, _ = localization.pair(self.truth)
         ours = '<span class="swatch"></span>'
         other = '<span class="swatch line"></span>'
@@ -407,7 +419,7 @@ class _Page:
                 "Right of the dashed line a box counts as correct.",
                 charts.iou_chart(
                     np.array([self.iou[i] for i in self.localized]),
-                    localization.iou(center, self.truth),
+                    localization.iou(centre, self.truth),
                 ),
             ),
             Chart(
@@ -457,13 +469,13 @@ class _Page:
 
 def verdict(scores: Mapping[str, Any]) -> str:
     """The result in one sentence."""
-    ours = scores["localization"]
+    ours = scores["localisation"]
     if ours is None:
         count = scores["counts"]["images"] - scores["counts"]["unreadable"]
         return f"{count:,} images have a box; none has a true box to score it with."
-    center = next(entry for entry in scores["baselines"] if entry["name"] == "centred box")
-    found, simple = 100 * (1 - ours["le"]), 100 * (1 - center["le"])
-    if ours["le"] < center["le"]:
+    centre = next(entry for entry in scores["baselines"] if entry["name"] == "centred box")
+    found, simple = 100 * (1 - ours["le"]), 100 * (1 - centre["le"])
+    if ours["le"] < centre["le"]:
         return (
             f"The box finds the object in {found:.0f} of 100 images, "
             f"where one in the middle of the picture finds {simple:.0f}."
@@ -549,12 +561,12 @@ def _render(context: Mapping[str, Any]) -> str:
 
 
 def _place(source: str) -> str:
-    """A source's name for people: the folder's name instead of its whole path."""
+    """Where images come from, for people: the folder's name instead of its whole path."""
     kind, colon, rest = source.partition(":")
     if kind == "synthetic":
-        return "the embedded synthetic set"
-    where = Path(rest).name if colon else Path(source).name
-    return f"ImageNet-layout folder {where}" if kind.startswith("imagenet") else f"folder {where}"
+        return "of the embedded synthetic set"
+    where = Path(rest if colon else source).name
+    return f"from {where} (ImageNet layout)" if kind.startswith("imagenet") else f"from {where}"
 
 
 def _net_box(row: Mapping[str, Any]) -> list[int]:

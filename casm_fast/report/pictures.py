@@ -98,7 +98,8 @@ def threshold(saliency: torch.Tensor, convention: Convention) -> torch.Tensor:
     Returns:
         ``[B, 1, h, w]`` bool.
     """
-    raise NotImplementedError
+    level = convention.alpha * saliency.double().mean((1, 2, 3), keepdim=True)
+    return saliency >= level.float()
 
 
 def _pictures(
