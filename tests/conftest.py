@@ -11,7 +11,8 @@ import torch
 
 from casm_fast.ops import checks
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Parallel test processes share the cores; more threads than cores slow all of them several times.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")

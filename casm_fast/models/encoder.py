@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import difflib
 import logging
 import pickle
@@ -31,7 +32,7 @@ _INCEPTIONS = ("googlenet", "inception_v3")
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, abc.ABC):
     """A classifier that returns its logits and the taps for the mask decoder from one forward pass.
 
     Use `build_encoder` for a network by name and `TracedEncoder` for a network of your own.
@@ -63,6 +64,7 @@ class Encoder(nn.Module):
         self.tap_strides = tap_strides
         self.has_stem_tap = has_stem_tap
 
+    @abc.abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Classifies images and hands out the taps.
 
@@ -73,7 +75,6 @@ class Encoder(nn.Module):
             Logits ``[B, K]`` and the taps, each ``[B, C_i, h_i, w_i]``, coarse last. Both carry
             gradients.
         """
-        raise NotImplementedError
 
     def description(self) -> dict[str, Any]:
         """What `build_encoder` needs to make this encoder again, as JSON values."""
