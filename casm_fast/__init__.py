@@ -1,13 +1,64 @@
 """casm_fast: fast saliency-map training and mask extraction.
 
-* `casm_fast.train` trains classifier-agnostic saliency maps (CASM),
-* `casm_fast.load` opens a trained model: images -> (saliency, logits),
-* `casm_fast.extract` turns image sets into boxes and mask statistics,
-* `casm_fast.evaluate` scores them,
-* `casm_fast.ops` holds the fused operators.
+* `train` trains classifier-agnostic saliency maps (CASM) and returns where the results are,
+* `load` opens a trained model: images -> (saliency, logits),
+* `extract` turns image sets into boxes and mask statistics,
+* `evaluate` scores them by the paper's conventions,
+* `ops` holds the fused operators.
+
+The verbs are imported when they are first used, so that ``import casm_fast`` costs little more than
+torch itself.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from casm_fast import ops
 
+if TYPE_CHECKING:
+    from casm_fast.evaluation import Scores, evaluate
+    from casm_fast.extraction import ExtractConfig, Extraction, extract
+    from casm_fast.models import SaliencyModel, load
+    from casm_fast.training import TrainConfig, TrainResult, train
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "ops"]
+
+_HOMES = {
+    "ExtractConfig": "extraction",
+    "Extraction": "extraction",
+    "SaliencyModel": "models",
+    "Scores": "evaluation",
+    "TrainConfig": "training",
+    "TrainResult": "training",
+    "evaluate": "evaluation",
+    "extract": "extraction",
+    "load": "models",
+    "train": "training",
+}
+
+__all__ = [
+    "ExtractConfig",
+    "Extraction",
+    "SaliencyModel",
+    "Scores",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "evaluate",
+    "extract",
+    "load",
+    "ops",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'casm_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"casm_fast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
