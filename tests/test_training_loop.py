@@ -147,8 +147,8 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_callers_generator_alone
     assert torch.equal(before, torch.get_rng_state())
     assert same_weights(whole, again)
     assert records(whole) == records(again)
-    other = train(tiny(tmp_path / "other", seed=1), sources=sources())
-    assert not same_weights(whole, other)
+    other = train(tiny(tmp_path / "other", seed=1, pretrain_epochs=1, epochs=0), sources=sources())
+    assert records(other)[0]["loss"] != records(whole)[0]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_equal_bits(
     context.set_forkserver_preload(["casm_fast.training"])
     moments = random.Random(7)
     output, killed = tmp_path / "run", 0
-    for renames in (4, 7, 5, None, 9, None):
+    for renames in (4, 7, None, 9):
         process = context.Process(target=doomed, args=(str(output), renames))
         process.start()
         if renames is None:
@@ -235,7 +235,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_equal_bits(
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0)
         killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 3
+    assert killed >= 3  # the one at a random time may come too late
     finished = train(tiny(output, resume=True), sources=sources())
     assert same_weights(whole, finished)
     assert records(whole) == records(finished)

@@ -119,6 +119,7 @@ class Recipe:
     batch_size: int
     epochs: int
     epoch_fraction: float
+    schedule_epochs: int
     classifier_lr: float
     decoder_lr: float
     pretrain_epochs: int
@@ -135,6 +136,7 @@ PAPER = Recipe(
     batch_size=128,
     epochs=70,
     epoch_fraction=0.2,
+    schedule_epochs=20,
     classifier_lr=1e-3,
     decoder_lr=1e-3,
     pretrain_epochs=0,
@@ -151,6 +153,7 @@ EMBEDDED = Recipe(
     batch_size=64,
     epochs=5,
     epoch_fraction=1.0,
+    schedule_epochs=3,
     classifier_lr=1e-2,
     decoder_lr=3e-3,
     pretrain_epochs=8,
@@ -260,8 +263,8 @@ class TrainConfig:
     schedule: Literal["step", "constant"] = "step"
     """Both rates are multiplied by `schedule_factor` every `schedule_epochs` epochs, or stay."""
 
-    schedule_epochs: int = 20
-    """Epochs between two steps of the schedule."""
+    schedule_epochs: int | None = None
+    """Epochs between two steps of the schedule (paper: 20; embedded set: 3)."""
 
     schedule_factor: float = 0.1
     """Factor of the schedule."""
@@ -292,7 +295,7 @@ class TrainConfig:
     """Mixed precision of the networks' forward passes; weights, losses and statistics stay
     float32."""
 
-    channels_last: bool = False
+    channels_last: bool = True
     """Keep images and weights in channels-last memory order (faster convolutions on GPUs and some
     CPUs)."""
 

@@ -141,7 +141,7 @@ class Engine:
             return
         factor = 1.0
         if self.config.schedule == "step":
-            factor = self.config.schedule_factor ** (epoch // self.config.schedule_epochs)
+            factor = self.config.schedule_factor ** (epoch // self.recipe.schedule_epochs)
         _set_rate(self.classifier_optimizer, self.recipe.classifier_lr * factor)
         _set_rate(self.decoder_optimizer, self.recipe.decoder_lr * factor)
         self._casm_step(images, labels, index)
