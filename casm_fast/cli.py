@@ -8,15 +8,16 @@ Ctrl-C; 143 by SIGTERM.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 from casm_fast import doctor
 from casm_fast.data.source import open_source
@@ -26,10 +27,9 @@ from casm_fast.extraction import ExtractConfig, extract
 from casm_fast.report import report
 from casm_fast.training import TrainConfig, train
 
-try:
+HAS_TYRO = importlib.util.find_spec("tyro") is not None
+if HAS_TYRO:  # only the verbs need it; main() says so where it is missing
     import tyro
-except ImportError:  # only the verbs need it, and main() says so
-    tyro = None  # type: ignore[assignment]
 
 OK, REFUSED, DEFECT, INTERRUPTED = 0, 1, 70, 130
 
@@ -38,21 +38,21 @@ NO_TYRO = (
     "pip install tyro (in Python, casm_fast.train, extract and evaluate work without it)"
 )
 
-DEMO_TREE = "ILSVRC"
+DEMO_TREE = "synthetic-jpegs"
 """Folder of the demo's JPEG files."""
 
-QUICK_TRAINING = {"pretrain_epochs": 4, "epochs": 2}
-"""What ``demo --quick`` changes in the training."""
+DEMO_IMAGES = 1000
+"""Validation images of the demo."""
 
-QUICK_IMAGES = 2000
-"""Training images of ``demo --quick``."""
+QUICK_IMAGES, QUICK_PRETRAIN_EPOCHS, QUICK_EPOCHS = 2000, 8, 3
+"""Training of ``demo --quick``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
     """What every verb takes."""
 
-    verbose: bool = False
+    verbose: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show tracebacks and debug messages."""
 
     def run(self) -> None:
@@ -72,8 +72,8 @@ class Demo(Verb):
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("demo")
     """Folder for everything that the demo makes."""
 
-    quick: bool = False
-    """Half of the images and of the epochs: sooner done, worse boxes."""
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Half of the images and fewer epochs: sooner done, worse boxes."""
 
     seed: int = 0
     """Seed of the training."""
@@ -91,16 +91,16 @@ class Demo(Verb):
         tree = demo_tree(folder)
 
         say("[2/4] training: a compact classifier, then its saliency maps")
-        result = train(
-            TrainConfig(
-                data=f"synthetic:images={QUICK_IMAGES}" if self.quick else "synthetic",
-                output=folder / ("run-quick" if self.quick else "run"),
-                resume=True,
-                seed=self.seed,
-                device=self.device,
-            ),
-            **(QUICK_TRAINING if self.quick else {}),
-        )
+        config = TrainConfig(output=folder / "run", resume=True, seed=self.seed, device=self.device)
+        if self.quick:
+            config = replace(
+                config,
+                data=f"synthetic:images={QUICK_IMAGES}",
+                output=folder / "run-quick",
+                pretrain_epochs=QUICK_PRETRAIN_EPOCHS,
+                epochs=QUICK_EPOCHS,
+            )
+        result = train(config)
 
         say("[3/4] extraction: one box per file")
         extraction = extract(
@@ -260,13 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("casm_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        if words[:1] == ["doctor"] and tyro is None:
+        if HAS_TYRO:
+            parse(words).run()
+        elif words[:1] == ["doctor"]:
             Doctor().run()
-        elif tyro is None:
+        else:
             print(NO_TYRO, file=sys.stderr)
             return REFUSED
-        else:
-            parse(words).run()
     except KeyboardInterrupt as stop:
         print(f"casm-fast: interrupted. {stop}".rstrip(), file=sys.stderr)
         return INTERRUPTED
@@ -293,20 +293,19 @@ def parse(words: Sequence[str]) -> Verb:
     """
     marks = (
         tyro.conf.OmitArgPrefixes,
-        tyro.conf.FlagCreatePairsOff,
         tyro.conf.PositionalMetavarFromFieldName,
     )
     name, *rest = words or ["--help"]
     if name in VERBS:
         return tyro.cli(VERBS[name], prog=f"casm-fast {name}", args=rest, config=marks)
-    verbs = tuple(
-        Annotated[
-            verb, tyro.conf.subcommand(name, description=(verb.__doc__ or "").partition("\n")[0])
-        ]
-        for name, verb in VERBS.items()
-    )
+    verbs: Any = Union[  # noqa: UP007 - the members are only known here
+        tuple(
+            Annotated[verb, tyro.conf.subcommand(name, description=_headline(verb))]
+            for name, verb in VERBS.items()
+        )
+    ]
     chosen: Verb = tyro.cli(
-        Union[verbs],  # type: ignore[arg-type]  # noqa: UP007 - a union of a computed tuple
+        verbs,
         prog="casm-fast",
         description="Saliency maps that belong to no single classifier, and the boxes they draw. "
         "Start with: casm-fast demo",
@@ -314,6 +313,11 @@ def parse(words: Sequence[str]) -> Verb:
         config=marks,
     )
     return chosen
+
+
+def _headline(verb: type[Verb]) -> str:
+    """The first sentence of a verb's help."""
+    return (verb.__doc__ or "").partition("\n")[0]
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -340,7 +344,7 @@ def demo_tree(folder: Path) -> Path:
     """
     tree = folder / DEMO_TREE
     if not tree.exists():
-        source = open_source("synthetic", split="val")
+        source = open_source(f"synthetic:images={DEMO_IMAGES}", split="val")
         if not isinstance(source, SyntheticSource):
             raise TypeError(f"expected the embedded set, got {type(source).__name__}")
         unfinished = folder / f".{DEMO_TREE}.unfinished"

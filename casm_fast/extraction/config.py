@@ -26,12 +26,10 @@ class ExtractConfig:
     """How images become boxes. The defaults are the conventions of the CASM paper."""
 
     input_size: int | None = None
-    """Side of the square that the network sees, in pixels (default: the model's training size)."""
+    """Side of the square that the network sees, in pixels; else the model's training size."""
 
     resize_policy: Policy | None = None
-    """Shorter side to the input size and centre crop, or squash both sides (default: the
-    model's).
-    """
+    """Shorter side to the input size and centre crop, or squash both sides; else as in training."""
 
     rule: Rule = "mean"
     """Threshold of the saliency m. mean: m >= alpha * mean(m). area: the pixels with the highest m,
@@ -60,7 +58,7 @@ class ExtractConfig:
     """Mixed precision of the network's forward pass; everything after it is float32 or better."""
 
     limit: int | None = None
-    """Only the first so many images (default: all)."""
+    """Only the first so many images; else all."""
 
     progress: bool = True
     """Show a progress bar when the error stream is a terminal."""

@@ -94,13 +94,13 @@ def extract(
     """
     config = dataclasses.replace(config or ExtractConfig(), **overrides)
     started = time.perf_counter()
-    images = open_source(str(source) if isinstance(source, Path) else source, split="val")
-    if len(images) == 0:
-        raise ValueError(f"{images.name}: expected at least one image, got none")
     file = None
     if not isinstance(model, SaliencyModel):
         file = Path(model)
         model = checkpoint.load(file, device=_device(config.device))
+    images = open_source(source, split="val")
+    if len(images) == 0:
+        raise ValueError(f"{images.name}: expected at least one image, got none")
     convention = Convention(
         size=config.input_size or model.input_size,
         policy=config.resize_policy or model.resize_policy,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from casm_fast import ops
 from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
 from casm_fast.data.transforms import normalize, resize
@@ -83,9 +84,9 @@ def draw(
         )
         saliency = saliency.float().cpu()
         kept = threshold(saliency, convention)
-        maps = full_size(saliency, (size * scale, size * scale))[:, 0].numpy()
-        masks = full_size(kept.float(), (size * scale, size * scale))[:, 0].numpy() > 0
-    return [_pictures(image, m, b, scale) for image, m, b in zip(shown, maps, masks, strict=True)]
+        maps = full_size(saliency, (size, size))[:, 0].numpy()
+        masks = full_size(kept.float(), (size, size))[:, 0].numpy() > 0
+    return [_pictures(*views) for views in zip(seen, shown, maps, masks, strict=True)]
 
 
 def threshold(saliency: torch.Tensor, convention: Convention) -> torch.Tensor:
@@ -98,23 +99,50 @@ def threshold(saliency: torch.Tensor, convention: Convention) -> torch.Tensor:
     Returns:
         ``[B, 1, h, w]`` bool.
     """
-    level = convention.alpha * saliency.double().mean((1, 2, 3), keepdim=True)
-    return saliency >= level.float()
+    _, kept = ops.mask_boxes(
+        saliency, rule=convention.rule, alpha=convention.alpha, component="all"
+    )
+    # Every rule keeps the highest pixels, equal ones together: the last one kept is the level.
+    ranked = saliency.flatten(1).sort(dim=1, descending=True).values
+    level = ranked.gather(1, (kept.long() - 1).clamp(min=0)[:, None])
+    chosen = saliency >= level[:, :, None, None]
+    return chosen & (kept > 0)[:, None, None, None]
 
 
 def _pictures(
-    image: NDArray[np.uint8], saliency: NDArray[np.float32], kept: NDArray[np.bool_], scale: int
+    seen: NDArray[np.uint8],
+    shown: NDArray[np.uint8],
+    saliency: NDArray[np.float32],
+    kept: NDArray[np.bool_],
 ) -> Pictures:
-    grey = np.full_like(image, round(255 * GREY))
-    chosen = kept[:, :, None]
-    masked_out = np.where(chosen, grey, image)
+    """One image in every form.
+
+    Args:
+        seen: ``[S, S, 3]``, what the network saw.
+        shown: ``[D, D, 3]``, the same at D = scale * S pixels.
+        saliency: ``[S, S]``.
+        kept: ``[S, S]``.
+    """
+    scale = len(shown) // len(seen)
+    grey = np.full_like(shown, round(255 * GREY))
+    large = enlarge(kept, scale)
+    repaired = inpaint(seen, kept, INPAINT_RADIUS)
+    if repaired is not None:
+        # Only the hole comes from the inpainting, which works at the network's resolution.
+        smooth = resize(repaired, len(shown), "squash")
+        repaired = np.where(large[:, :, None], smooth, shown)
     return Pictures(
-        original=image,
-        saliency=overlay(image, saliency),
-        masked_in=np.where(chosen, image, grey),
-        masked_out=masked_out,
-        inpainted=inpaint(image, kept, INPAINT_RADIUS * scale),
+        original=shown,
+        saliency=overlay(shown, enlarge(saliency, scale)),
+        masked_in=np.where(large[:, :, None], shown, grey),
+        masked_out=np.where(large[:, :, None], grey, shown),
+        inpainted=repaired,
     )
+
+
+def enlarge(plane: NDArray[Any], scale: int) -> NDArray[Any]:
+    """``[S, S]`` with every pixel repeated ``scale`` times along both axes."""
+    return np.asarray(plane.repeat(scale, 0).repeat(scale, 1))
 
 
 def overlay(image: NDArray[np.uint8], saliency: NDArray[np.float32]) -> NDArray[np.uint8]:
