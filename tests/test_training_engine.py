@@ -231,12 +231,12 @@ def test_the_mask_objective_never_reaches_the_classifier() -> None:
 
 
 def test_pretraining_is_plain_sgd_with_the_documented_schedule() -> None:
-    settings = config(pretrain_lr=0.2)
+    settings = config(pretrain_lr=0.2, pretrain_weight_decay=0.01)
     data = batches(6)
     model, plain = tiny_model(), tiny_model()
     decoder = copy.deepcopy(model.decoder.state_dict())
     engine = Engine(model, settings, classes=CLASSES, device=CPU)
-    sgd = torch.optim.SGD(plain.classifier.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    sgd = torch.optim.SGD(plain.classifier.parameters(), lr=0.0, momentum=0.9, weight_decay=0.01)
     for index, (images, labels) in enumerate(data):
         engine.step(images, labels, index, len(data), 0)
         sgd.param_groups[0]["lr"] = 0.2 * pretrain_schedule(index, len(data))

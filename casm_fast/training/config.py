@@ -124,6 +124,7 @@ class Recipe:
     decoder_lr: float
     pretrain_epochs: int
     pretrain_lr: float
+    pretrain_weight_decay: float
 
 
 PAPER = Recipe(
@@ -141,6 +142,7 @@ PAPER = Recipe(
     decoder_lr=1e-3,
     pretrain_epochs=0,
     pretrain_lr=0.1,
+    pretrain_weight_decay=1e-4,
 )
 
 EMBEDDED = Recipe(
@@ -158,6 +160,7 @@ EMBEDDED = Recipe(
     decoder_lr=3e-3,
     pretrain_epochs=8,
     pretrain_lr=0.1,
+    pretrain_weight_decay=1e-3,
 )
 
 
@@ -273,7 +276,7 @@ class TrainConfig:
     """Momentum of the classifier's SGD."""
 
     weight_decay: float = 1e-4
-    """L2 weight decay of both optimisers."""
+    """L2 weight decay of both optimisers in the CASM phase."""
 
     clip_gradient: float = 10.0
     """Largest norm of the mask objective's gradient."""
@@ -284,6 +287,9 @@ class TrainConfig:
 
     pretrain_lr: float | None = None
     """Peak learning rate of that training, which falls to zero along a cosine."""
+
+    pretrain_weight_decay: float | None = None
+    """L2 weight decay of that training (paper: 0.0001; embedded set: 0.001)."""
 
     seed: int = 0
     """Seed of initial weights, data order, augmentation and history draws."""
@@ -446,6 +452,7 @@ RANGES: dict[str, tuple[type[int] | type[float], float, float, str]] = {
     "clip_gradient": (float, _TINY, 1e30, "a number greater than 0"),
     "pretrain_epochs": (int, 0, _MOST, "a whole number >= 0"),
     "pretrain_lr": (float, 0.0, 1e6, "a number >= 0"),
+    "pretrain_weight_decay": (float, 0.0, 1e6, "a number >= 0"),
     "seed": (int, 0, _MOST, "a whole number >= 0"),
     "workers": (int, 0, 4096, "a whole number >= 0"),
     "validation_interval": (int, 0, _MOST, "a whole number >= 0"),

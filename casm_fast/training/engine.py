@@ -100,16 +100,17 @@ class Engine:
         trains_classifier = phase == "pretrain" or not self.strategy.fixed
         self.model.requires_grad_(phase == "casm")
         self.model.classifier.requires_grad_(trains_classifier)
+        config, recipe = self.config, self.recipe
         self.classifier_optimizer = torch.optim.SGD(
             self.classifier_parameters,
-            lr=self.recipe.classifier_lr if phase == "casm" else self.recipe.pretrain_lr,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
+            lr=recipe.classifier_lr if phase == "casm" else recipe.pretrain_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay if phase == "casm" else recipe.pretrain_weight_decay,
         )
         self.decoder_optimizer = torch.optim.Adam(
-            self.mask_parameters, lr=self.recipe.decoder_lr, weight_decay=self.config.weight_decay
+            self.mask_parameters, lr=recipe.decoder_lr, weight_decay=config.weight_decay
         )
-        if phase == "casm" and not self.model.shared and self.recipe.pretrain_epochs > 0:
+        if phase == "casm" and not self.model.shared and recipe.pretrain_epochs > 0:
             # A separate encoder starts as a copy of the pre-trained classifier.
             self.model.encoder.load_state_dict(self.model.classifier.state_dict())
         self.set_modes()
