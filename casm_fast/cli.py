@@ -31,6 +31,9 @@ HAS_TYRO = importlib.util.find_spec("tyro") is not None
 if HAS_TYRO:  # only the verbs need it; main() says so where it is missing
     import tyro
 
+# Its own name even where this module is __main__.
+logger = logging.getLogger("casm_fast.cli")
+
 OK, REFUSED, DEFECT, INTERRUPTED = 0, 1, 70, 130
 
 NO_TYRO = (
@@ -85,7 +88,7 @@ class Demo(Verb):
         """Train, extract, evaluate, report."""
         started = time.perf_counter()
         folder = self.output
-        say = logging.getLogger(__name__).info
+        say = logger.info
 
         say("[1/4] pictures: the validation images of the embedded set as JPEG files")
         tree = demo_tree(folder)
