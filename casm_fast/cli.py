@@ -24,7 +24,7 @@ from casm_fast.data.source import open_source
 from casm_fast.data.synthetic import SyntheticSource, write_tree
 from casm_fast.evaluation import evaluate
 from casm_fast.extraction import ExtractConfig, extract
-from casm_fast.report import report
+from casm_fast.report import gallery, report
 from casm_fast.training import TrainConfig, train
 
 HAS_TYRO = importlib.util.find_spec("tyro") is not None
@@ -207,6 +207,9 @@ class Report(Verb):
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("report.html")
     """HTML file to write."""
 
+    gallery: Path | None = None
+    """Also draw the gallery alone, into this picture file."""
+
     columns: int = 7
     """Pictures side by side."""
 
@@ -222,6 +225,15 @@ class Report(Verb):
             columns=self.columns,
         )
         print(f"report: {page}")
+        if self.gallery is not None:
+            drawn = gallery(
+                self.boxes,
+                self.gallery,
+                model=self.model,
+                source=self.source,
+                columns=self.columns,
+            )
+            print(f"gallery: {drawn}")
 
 
 @dataclass(frozen=True, kw_only=True)

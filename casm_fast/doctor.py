@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 State = Literal["ok", "note", "problem"]
@@ -146,8 +147,16 @@ def _gpu() -> list[Finding]:
     from casm_fast.ops import library
 
     if not torch.cuda.is_available():
-        build = "this torch has no CUDA" if torch.version.cuda is None else "no GPU is visible"
-        return [Finding("gpu", "note", f"{build}: everything runs on the CPU")]
+        if torch.version.cuda is not None or not Path("/dev/nvidia0").exists():
+            return [Finding("gpu", "note", "none is visible: everything runs on the CPU")]
+        return [
+            Finding(
+                "gpu",
+                "problem",
+                "there is one, but this torch is a build for CPUs",
+                "install torch with CUDA (see pytorch.org), then build again: pip install -e .",
+            )
+        ]
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

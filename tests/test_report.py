@@ -23,7 +23,7 @@ from casm_fast.evaluation import evaluate
 from casm_fast.extraction import Extraction, extract
 from casm_fast.models import checkpoint
 from casm_fast.models.saliency import SaliencyModel, build_model
-from casm_fast.report import charts, pictures, report
+from casm_fast.report import charts, gallery, pictures, report
 from casm_fast.report.page import verdict
 
 LOG = [
@@ -240,6 +240,15 @@ def test_the_forms_of_a_picture() -> None:
         np.testing.assert_array_equal(picture.inpainted[:, 96:], original[:, 96:])
         dark, bright = picture.saliency[:, 96:].mean(), picture.saliency[:, :96].mean()
         assert bright > dark + 30
+
+
+def test_the_gallery_on_its_own(folder: Path, extraction: Extraction) -> None:
+    file = gallery(extraction, folder / "pictures" / "gallery.png", columns=4, dpi=100)
+    with Image.open(file) as image:
+        width, height = image.size
+        pixels = np.asarray(image.convert("RGB"))
+    assert (width, height) == (round(100 * (0.95 + 4 * 1.3)), 650)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 5000
 
 
 def test_charts_take_their_colours_from_the_page() -> None:

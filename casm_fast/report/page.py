@@ -142,9 +142,9 @@ def report(
         FileNotFoundError: If the table, the checkpoint or the images are gone.
         ValueError: If the images are not those that the table was made from.
     """
-    table, description = _table(extraction)
+    table, description = read_table(extraction)
     numbers = _numbers(scores)
-    network = _model(model, description)
+    network = load_model(model, description)
     images = open_source(source if source is not None else description.source, split="val")
     page = _Page(table, description, numbers, network, images, columns)
     html = _render(page.context(_log(run)))
@@ -176,7 +176,7 @@ class _Page:
         self.readable = [i for i, row in enumerate(self.rows) if row["error"] is None]
         self.localized = [i for i in self.readable if self.rows[i]["gt_net_boxes"]]
         self.truth = [self.rows[i]["gt_net_boxes"] for i in self.localized]
-        self.boxes = np.array([_net_box(self.rows[i]) for i in self.localized]).reshape(-1, 4)
+        self.boxes = np.array([net_box(self.rows[i]) for i in self.localized]).reshape(-1, 4)
         self.iou = dict(zip(self.localized, localization.iou(self.boxes, self.truth), strict=True))
         for i in (0, len(self.rows) - 1):
             known = source.image_id(i) if i < len(source) else "no image"
@@ -329,13 +329,8 @@ class _Page:
 
     def gallery(self) -> tuple[list[list[Strip]], bool]:
         """Groups of consecutive images in every form; whether the inpainted row is missing."""
-        order = sorted(self.readable, key=lambda i: str(self.rows[i]["image_id"]))
-        columns = min(self.columns, len(order))
-        places = max(len(order) // max(columns, 1), 1)
-        chosen = np.random.default_rng(SEED).permutation(places)[:GROUPS]
         groups, missing = [], False
-        for place in sorted(chosen):
-            indices = order[place * columns : (place + 1) * columns]
+        for indices in choose_group(self.rows, self.columns, GROUPS):
             drawn = self.draw(indices)
             strips = [
                 Strip(
@@ -462,7 +457,7 @@ class _Page:
             alt=f"{what} of {row['image_id']}, predicted {name}" + (" (wrong)" if wrong else ""),
             name=f"not {name}" if wrong else name,
             iou=self.iou.get(index),
-            predicted_boxes=(_rectangle(_net_box(row)),),
+            predicted_boxes=(_rectangle(net_box(row)),),
             true_boxes=tuple(_rectangle(box) for box in row["gt_net_boxes"] or []),
         )
 
@@ -504,7 +499,28 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def _table(source: str | Path | pa.Table | HasTable) -> tuple[pa.Table, Description]:
+def choose_group(rows: Sequence[Mapping[str, Any]], columns: int, groups: int) -> list[list[int]]:
+    """Groups of consecutive readable images, in the order of their ids.
+
+    Where the groups begin depends on the number of images alone.
+
+    Args:
+        rows: Rows of a table.
+        columns: Images per group.
+        groups: Most groups to choose.
+
+    Returns:
+        Positions in ``rows``.
+    """
+    readable = [i for i, row in enumerate(rows) if row["error"] is None]
+    order = sorted(readable, key=lambda i: str(rows[i]["image_id"]))
+    width = min(columns, len(order))
+    places = np.random.default_rng(SEED).permutation(len(order) // width)[:groups]
+    return [order[place * width : (place + 1) * width] for place in sorted(places)]
+
+
+def read_table(source: str | Path | pa.Table | HasTable) -> tuple[pa.Table, Description]:
+    """A table of predictions in any of its forms, and its description."""
     if isinstance(source, (str, Path)):
         return predictions.read(source)
     table = source.table if hasattr(source, "table") else source
@@ -523,8 +539,8 @@ def _numbers(scores: str | Path | Mapping[str, Any] | HasDict) -> Mapping[str, A
     return scores if isinstance(scores, Mapping) else scores.to_dict()
 
 
-def _model(model: SaliencyModel | str | Path | None, description: Description) -> SaliencyModel:
-    """The model in eval mode."""
+def load_model(model: SaliencyModel | str | Path | None, description: Description) -> SaliencyModel:
+    """The model in eval mode: the one given, else the checkpoint that the table names."""
     if isinstance(model, SaliencyModel):
         return model
     path = model if model is not None else description.checkpoint
@@ -569,7 +585,8 @@ def _place(source: str) -> str:
     return f"from {where} (ImageNet layout)" if kind.startswith("imagenet") else f"from {where}"
 
 
-def _net_box(row: Mapping[str, Any]) -> list[int]:
+def net_box(row: Mapping[str, Any]) -> list[int]:
+    """The predicted box of a row, in network pixels."""
     return [row[f"net_{name}"] for name in ("x0", "y0", "x1", "y1")]
 
 
