@@ -26,8 +26,8 @@ def check_tensor(
     value: object,
     shape: str,
     channels: int | None = None,
-    cpu_dtypes: tuple[torch.dtype, ...] | None = None,
     also: tuple[torch.dtype, ...] = (),
+    also_on_cpu: tuple[torch.dtype, ...] = (),
 ) -> Tensor:
     """Checks a floating tensor of four dimensions on a device and in a dtype that have kernels.
 
@@ -37,8 +37,8 @@ def check_tensor(
         value: What the user passed.
         shape: The shape that is expected, as written in messages, such as ``[B, 1, H, W]``.
         channels: The size of dimension 1, where it is fixed.
-        cpu_dtypes: The dtypes that the op has CPU kernels for; `CPU_DTYPES` when not given.
         also: Dtypes that the op has kernels for beyond floating ones, on every device.
+        also_on_cpu: Dtypes that it has CPU kernels for, beside float32 and float64.
 
     Raises:
         TypeError: Not a tensor, or a dtype without kernels.
@@ -50,7 +50,7 @@ def check_tensor(
         raise ValueError(f"{op}: expected `{name}` of shape {shape}, got {shape_of(value)}")
     if value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"{op}: expected `{name}` to have pixels, got {shape_of(value)}")
-    dtypes = (cpu_dtypes or CPU_DTYPES) if value.device.type == "cpu" else CUDA_DTYPES
+    dtypes = (*CPU_DTYPES, *also_on_cpu) if value.device.type == "cpu" else CUDA_DTYPES
     dtypes = dtypes + also
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)

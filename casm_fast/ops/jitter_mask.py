@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from casm_fast.ops import library  # noqa: F401  (loads the kernels)
-from casm_fast.ops.checks import CPU_DTYPES, check_like, check_number, check_tensor, shape_of
+from casm_fast.ops.checks import check_like, check_number, check_tensor, shape_of
 from casm_fast.ops.registry import refuse_double_backward, specified_by
 
 # Training under autocast blends bfloat16 images on the CPU too.
-IMAGE_CPU_DTYPES = (*CPU_DTYPES, torch.bfloat16)
+ALSO_ON_CPU = (torch.bfloat16,)
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -125,7 +125,7 @@ def blend(image: Tensor, reference: Tensor | None, mask: Tensor) -> Tensor:
     over its block and the channels in a fixed order. Contiguous and channels_last images, crops of
     them and expanded tensors are read in place; other strides are copied first.
     """
-    check_tensor("blend", "image", image, "[B, C, H, W]", cpu_dtypes=IMAGE_CPU_DTYPES)
+    check_tensor("blend", "image", image, "[B, C, H, W]", also_on_cpu=ALSO_ON_CPU)
     _check_reference("blend", reference, image)
     mask = _check_mask("blend", mask, image)
     if mask.shape[2] > image.shape[2] or mask.shape[3] > image.shape[3]:
@@ -161,7 +161,7 @@ def upsample_mask(mask: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     differs from zero in the arithmetic used: weights are rounded to multiples of 2^-24 (float32 and
     16-bit masks, computed in float32) or 2^-53 (float64). Differentiable once in `mask`.
     """
-    check_tensor("upsample_mask", "mask", mask, "[B, 1, h, w]", 1, IMAGE_CPU_DTYPES)
+    check_tensor("upsample_mask", "mask", mask, "[B, 1, h, w]", 1, ALSO_ON_CPU)
     H, W = _check_size("upsample_mask", size)
     sigma = check_number("upsample_mask", "sigma", sigma, at_least=0)
     large: Tensor = torch.ops.casm_fast.upsample_mask(mask, H, W, sigma)
@@ -207,7 +207,7 @@ def jitter_mask(
     Deterministic.
     """
     op = "jitter_mask"
-    check_tensor(op, "image", image, "[B, C, Hi, Wi]", cpu_dtypes=IMAGE_CPU_DTYPES)
+    check_tensor(op, "image", image, "[B, C, Hi, Wi]", also_on_cpu=ALSO_ON_CPU)
     _check_reference(op, reference, image)
     mask = _check_mask(op, mask, image)
     _check_offset(op, offset, image)
@@ -252,7 +252,7 @@ def _check_offset(op: str, offset: object, image: Tensor) -> None:
 def _check_reference(op: str, reference: Tensor | None, image: Tensor) -> None:
     if reference is None:
         return
-    check_tensor(op, "reference", reference, "[B, C, H, W]", cpu_dtypes=IMAGE_CPU_DTYPES)
+    check_tensor(op, "reference", reference, "[B, C, H, W]", also_on_cpu=ALSO_ON_CPU)
     check_like(op, "reference", reference, "image", image)
     if reference.shape != image.shape:
         raise ValueError(
@@ -263,7 +263,7 @@ def _check_reference(op: str, reference: Tensor | None, image: Tensor) -> None:
 
 def _check_mask(op: str, mask: Tensor, image: Tensor) -> Tensor:
     """Checks that the mask goes with the image and returns it in a dtype that the kernels take."""
-    check_tensor(op, "mask", mask, "[B, 1, h, w]", channels=1, cpu_dtypes=IMAGE_CPU_DTYPES)
+    check_tensor(op, "mask", mask, "[B, 1, h, w]", channels=1, also_on_cpu=ALSO_ON_CPU)
     if mask.shape[0] != image.shape[0]:
         raise ValueError(
             f"{op}: expected `mask` with the batch of `image` ({image.shape[0]}), "
