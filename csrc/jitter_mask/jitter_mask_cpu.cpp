@@ -191,25 +191,50 @@ Tensor blend_backward_image(const Tensor& grad_in, const Tensor& mask_in, bool c
   return out;
 }
 
+// Adds the slopes of rows [first, last) of every plane to sum [last - first, length].
+template <typename T, typename A>
+void add_slopes(const Frame& frame, Rows<const T> grad, Rows<const T> image, Rows<const T> reference, int64_t b,
+                int64_t first, int64_t last, A* sum) {
+  const int64_t n = frame.length;
+  const bool dense = grad.row == n && image.row == n && (!reference || reference.row == n);
+  const int64_t rows = dense ? 1 : last - first, run = dense ? (last - first) * n : n;
+  for (int64_t p = 0; p < frame.planes; ++p)
+    for (int64_t y = 0; y < rows; ++y)
+      add_slope_row(grad.at(b, p, first + y), image.at(b, p, first + y),
+                    reference ? reference.at(b, p, first + y) : nullptr, sum + y * n, run);
+}
+
 // A mask cell receives the slopes of its block: summed over rows and planes first, then along the row.
 template <typename T, typename M>
 void blend_mask_gradient(const Frame& frame, Rows<const T> grad, Rows<const T> image, Rows<const T> reference,
                          int64_t h, int64_t w, M* grad_mask) {  // grad_mask [B, h, w]
   using A = acc_t<T>;
-  const int64_t work = std::max<int64_t>(1, frame.length * frame.planes * frame.H / h);
-  torch::stable::parallel_for(0, frame.B * h, std::max<int64_t>(1, kTaskWork / work), [&](int64_t begin, int64_t end) {
-    std::vector<A> sum(frame.length);
+  const int64_t n = frame.length, W = frame.W(), repeat = frame.repeat;
+  if (h == frame.H && w == W) {  // every pixel is a cell
+    const int64_t rows = rows_per_strip(frame);
+    return for_strips<A>(frame, rows, rows * n, [&](int64_t b, int64_t first, int64_t last, A* sum) {
+      std::fill_n(sum, (last - first) * n, A(0));
+      add_slopes(frame, grad, image, reference, b, first, last, sum);
+      M* cells = grad_mask + (b * h + first) * w;
+      if (repeat == 1) {
+        for (int64_t i = 0; i < (last - first) * n; ++i) store(cells[i], sum[i]);
+      } else {
+        for (int64_t i = 0; i < (last - first) * W; ++i) store(cells[i], sum_of(sum + i * repeat, repeat));
+      }
+    });
+  }
+  std::vector<int64_t> bounds(w + 1);  // where the values of a cell begin in a row
+  for (int64_t cell = 0; cell <= w; ++cell) bounds[cell] = first_pixel(cell, w, W) * repeat;
+  const int64_t work = std::max<int64_t>(1, n * frame.planes * frame.H / h);
+  torch::stable::parallel_for(0, frame.B * h, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(n);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / h, u = i % h;
       std::fill(sum.begin(), sum.end(), A(0));
       for (int64_t y = first_pixel(u, h, frame.H); y < first_pixel(u + 1, h, frame.H); ++y)
-        for (int64_t p = 0; p < frame.planes; ++p)
-          add_slope_row(grad.at(b, p, y), image.at(b, p, y), reference ? reference.at(b, p, y) : nullptr, sum.data(),
-                        frame.length);
-      for (int64_t cell = 0; cell < w; ++cell) {
-        const int64_t from = first_pixel(cell, w, frame.W()), to = first_pixel(cell + 1, w, frame.W());
-        store(grad_mask[i * w + cell], sum_of(sum.data() + from * frame.repeat, (to - from) * frame.repeat));
-      }
+        add_slopes(frame, grad, image, reference, b, y, y + 1, sum.data());
+      for (int64_t cell = 0; cell < w; ++cell)
+        store(grad_mask[i * w + cell], sum_of(&sum[bounds[cell]], bounds[cell + 1] - bounds[cell]));
     }
   });
 }
