@@ -12,6 +12,8 @@
 #include <bit>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <numeric>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -258,36 +260,70 @@ Tensor blend_backward_mask(const Tensor& grad_in, const Tensor& image_in, const 
 
 // ---------------------------------------------------------------- Gaussian upsampling
 
-// 64 bytes of neighbours: one register of AVX-512, two of AVX2, four of SSE2 and NEON.
+// One vector register of the instruction set that this library is compiled for.
+#if defined(__AVX512F__)
+constexpr int64_t kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kRegister = 32;
+#else
+constexpr int64_t kRegister = 16;  // SSE2, NEON
+#endif
+constexpr int64_t kCacheLine = 64;
+
 template <typename A>
-struct Block {
-  typedef A Type __attribute__((vector_size(64)));
-  static constexpr int64_t kWidth = 64 / sizeof(A);
+struct Vector {
+  typedef A Type __attribute__((vector_size(kRegister)));
+  static constexpr int64_t kWidth = kRegister / sizeof(A);
 };
 
 inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
+
+// Values that begin at a cache line, so that no vector of them straddles two.
+struct FreeAligned {
+  void operator()(void* values) const { ::operator delete(values, std::align_val_t(kCacheLine)); }
+};
+template <typename A>
+using Buffer = std::unique_ptr<A[], FreeAligned>;
+
+template <typename A>
+Buffer<A> make_buffer(int64_t count) {
+  return Buffer<A>(static_cast<A*>(::operator new(count * sizeof(A), std::align_val_t(kCacheLine))));
+}
 
 // The banded matrix A [pixels, cells] of one axis.
 template <typename A>
 struct Band {
   int64_t cells, pixels, taps;
+  int64_t stride;                   // pixels, rounded up to cache lines
   std::vector<int64_t> first;       // [pixels] the first cell that a pixel weighs
   std::vector<A> weight;            // [pixels, taps]
   std::vector<int64_t> begin, end;  // [cells] the pixels that weigh a cell
+  Buffer<A> transposed;             // [cells, stride], zero where a pixel does not weigh a cell
 
   Band(int64_t cells, int64_t pixels, double sigma)
       : cells(cells),
         pixels(pixels),
         taps(tap_count<A>(sigma, cells)),
+        stride(round_up(pixels, kCacheLine / sizeof(A))),
         first(pixels),
         weight(pixels * taps),
         begin(cells, pixels),
-        end(cells, 0) {
+        end(cells, 0),
+        transposed(make_buffer<A>(cells * stride)) {
     const double reach = gaussian_reach<A>(sigma);
+    // Away from the border the weights repeat after `period` pixels, `shift` cells further on.
+    const int64_t divisor = std::gcd(cells, pixels), period = pixels / divisor, shift = cells / divisor;
+    std::fill_n(transposed.get(), cells * stride, A(0));
     for (int64_t v = 0; v < pixels; ++v) {
       first[v] = first_cell(v, cells, pixels, taps, sigma, reach);
-      gaussian_weights<A, double>(v, cells, pixels, first[v], taps, sigma, &weight[v * taps]);
-      for (int64_t u = first[v]; u < first[v] + taps; ++u) {
+      A* row = &weight[v * taps];
+      if (v >= period && first[v] == first[v - period] + shift && first[v - period] > 0 && first[v] + taps < cells)
+        std::copy_n(row - period * taps, taps, row);
+      else
+        gaussian_weights<A, double>(v, cells, pixels, first[v], taps, sigma, row);
+      for (int64_t k = 0; k < taps; ++k) {
+        const int64_t u = first[v] + k;
+        transposed[u * stride + v] = row[k];
         begin[u] = std::min(begin[u], v);
         end[u] = v + 1;
       }
@@ -295,17 +331,20 @@ struct Band {
   }
 };
 
-// Both axes of an upsampling, and A_x once more with the pixels of a cell side by side, padded with zeros to blocks.
+// Both axes of an upsampling; one matrix where they are alike.
 template <typename A>
 struct Upsampling {
-  Band<A> y, x;
-  int64_t stride;             // W, rounded up to blocks
-  std::vector<A> transposed;  // A_x^T [w, stride]
+  const Band<A> y;
+  const std::optional<Band<A>> other;
+  const Band<A>& x;
+  const int64_t stride;  // of rows of W pixels
 
   Upsampling(int64_t h, int64_t w, int64_t H, int64_t W, double sigma)
-      : y(h, H, sigma), x(w, W, sigma), stride(round_up(W, Block<A>::kWidth)), transposed(w * stride) {
-    for (int64_t v = 0; v < W; ++v)
-      for (int64_t k = 0; k < x.taps; ++k) transposed[(x.first[v] + k) * stride + v] = x.weight[v * x.taps + k];
+      : y(h, H, sigma), other(make_other(h, w, H, W, sigma)), x(other ? *other : y), stride(x.stride) {}
+
+  static std::optional<Band<A>> make_other(int64_t h, int64_t w, int64_t H, int64_t W, double sigma) {
+    if (h == w && H == W) return std::nullopt;
+    return std::optional<Band<A>>(std::in_place, w, W, sigma);
   }
 
   // The cells that rows [first, last) weigh.
@@ -313,50 +352,69 @@ struct Upsampling {
   int64_t last_row(int64_t last) const { return y.first[last - 1] + y.taps; }
 };
 
+// sum [kVectors] += the rows [count, stride] of vectors, each times its weight.
+template <int kVectors, typename A>
+inline void add_weighted(typename Vector<A>::Type* sum, const A* rows, int64_t stride, const A* weight, int64_t count) {
+  typename Vector<A>::Type total[kVectors];
+  std::memcpy(total, sum, sizeof(total));
+  for (int64_t k = 0; k < count; ++k, rows += stride) {
+    const A factor = weight[k];
+    for (int i = 0; i < kVectors; ++i) {
+      typename Vector<A>::Type value;
+      std::memcpy(&value, rows + i * Vector<A>::kWidth, sizeof(value));
+      total[i] += value * factor;
+    }
+  }
+  std::memcpy(sum, total, sizeof(total));
+}
+
+// out [n] (+)= the weighted sum of rows [count, stride]; n is a multiple of the vector width. Four vectors share one
+// load of the weight.
+template <bool kAdd, typename A>
+void weighted_rows(const A* rows, int64_t stride, const A* weight, int64_t count, A* out, int64_t n) {
+  constexpr int64_t kWidth = Vector<A>::kWidth;
+  const auto add = [&]<int kVectors>(int64_t x) {
+    typename Vector<A>::Type sum[kVectors] = {};
+    if constexpr (kAdd) std::memcpy(sum, out + x, sizeof(sum));
+    add_weighted<kVectors>(sum, rows + x, stride, weight, count);
+    std::memcpy(out + x, sum, sizeof(sum));
+  };
+  int64_t x = 0;
+  for (; x + 4 * kWidth <= n; x += 4 * kWidth) add.template operator()<4>(x);
+  for (; x < n; x += kWidth) add.template operator()<1>(x);
+}
+
 // Row u of m A_x^T, for u in [from, to): wide [to - from, stride].
 template <typename M, typename A>
 void widen(const Upsampling<A>& up, Rows<const M> mask, int64_t b, int64_t from, int64_t to, A* wide) {
-  using V = typename Block<A>::Type;
-  constexpr int64_t n = Block<A>::kWidth;
+  constexpr int64_t kWidth = Vector<A>::kWidth;
+  std::vector<A> row(up.x.cells);
   for (int64_t u = from; u < to; ++u, wide += up.stride) {
-    const M* row = mask.at(b, 0, u);
-    for (int64_t x = 0; x < up.stride; x += n) {
-      const int64_t last = std::min(x + n, up.x.pixels) - 1;
-      V sum = {};
-      for (int64_t cell = up.x.first[x]; cell < up.x.first[last] + up.x.taps; ++cell) {
-        V column;
-        std::memcpy(&column, &up.transposed[cell * up.stride + x], sizeof(V));
-        sum += column * A(load(row[cell]));
-      }
-      std::memcpy(wide + x, &sum, sizeof(V));
+    const M* cells = mask.at(b, 0, u);
+    for (int64_t cell = 0; cell < up.x.cells; ++cell) row[cell] = load(cells[cell]);
+    for (int64_t x = 0; x < up.stride; x += kWidth) {
+      const int64_t left = std::min(x, up.x.pixels - 1), right = std::min(x + kWidth, up.x.pixels) - 1;
+      const int64_t cell = up.x.first[left], count = up.x.first[right] + up.x.taps - cell;
+      weighted_rows<false>(&up.x.transposed[cell * up.stride + x], up.stride, &row[cell], count, wide + x, kWidth);
     }
   }
 }
 
-// Rows [first, last) of M from `wide`, which begins at mask row `from`: keep [last - first, W * repeat].
+// Rows [first, last) of M from `wide`, which begins at mask row `from`: keep [last - first, W * repeat]. `line` has
+// room for a row of the stride.
 template <typename A>
 void evaluate_rows(const Upsampling<A>& up, const A* wide, int64_t from, int64_t first, int64_t last, int64_t repeat,
-                   A* keep) {
-  using V = typename Block<A>::Type;
-  constexpr int64_t n = Block<A>::kWidth;
+                   A* line, A* keep) {
   const int64_t W = up.x.pixels, taps = up.y.taps;
-  for (int64_t y = first; y < last; ++y) {
-    const A* weight = &up.y.weight[y * taps];
-    const A* rows = wide + (up.y.first[y] - from) * up.stride;
-    for (int64_t x = 0; x < W; x += n) {
-      V sum = {};
-      for (int64_t k = 0; k < taps; ++k) {
-        V row;
-        std::memcpy(&row, rows + k * up.stride + x, sizeof(V));
-        sum += row * weight[k];
-      }
-      const int64_t count = std::min(n, W - x);
-      if (repeat == 1 && count == n) {
-        std::memcpy(keep, &sum, sizeof(V));
-      } else {
-        for (int64_t i = 0; i < count * repeat; ++i) keep[i] = sum[i / repeat];
-      }
-      keep += count * repeat;
+  const bool direct = repeat == 1 && W % Vector<A>::kWidth == 0;
+  for (int64_t y = first; y < last; ++y, keep += W * repeat) {
+    weighted_rows<false>(wide + (up.y.first[y] - from) * up.stride, up.stride, &up.y.weight[y * taps], taps,
+                         direct ? keep : line, round_up(W, Vector<A>::kWidth));
+    if (direct) continue;
+    if (repeat == 1) {
+      std::copy_n(line, W, keep);
+    } else {
+      for (int64_t x = 0; x < W; ++x) std::fill_n(keep + x * repeat, repeat, line[x]);
     }
   }
 }
@@ -366,7 +424,7 @@ void evaluate_rows(const Upsampling<A>& up, const A* wide, int64_t from, int64_t
 struct Cut {
   int64_t tasks, rows;
   Cut(int64_t B, int64_t H) {
-    constexpr int64_t kTasks = 32, kFewestRows = 8;
+    constexpr int64_t kTasks = 16, kFewestRows = 8;
     const int64_t wanted = std::clamp<int64_t>(ceil_div(kTasks, std::max<int64_t>(B, 1)), 1, ceil_div(H, kFewestRows));
     rows = ceil_div(H, wanted);
     tasks = ceil_div(H, rows);
@@ -380,14 +438,15 @@ void for_upsampled_strips(const Frame& frame, const Upsampling<A>& up, Rows<cons
   const int64_t rows = std::min(rows_per_strip(frame), cut.rows);
   const int64_t work = std::max<int64_t>(1, cut.rows * frame.length * frame.planes);
   torch::stable::parallel_for(0, frame.B * cut.tasks, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<A[]> wide(new A[up.y.cells * up.stride]), keep(new A[rows * frame.length]);
+    const Buffer<A> wide = make_buffer<A>(up.y.cells * up.stride), line = make_buffer<A>(up.stride);
+    const Buffer<A> keep = make_buffer<A>(rows * frame.length);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / cut.tasks, top = i % cut.tasks * cut.rows, bottom = std::min(top + cut.rows, frame.H);
       const int64_t from = up.first_row(top);
       widen(up, mask, b, from, up.last_row(bottom), wide.get());
       for (int64_t first = top; first < bottom; first += rows) {
         const int64_t last = std::min(first + rows, bottom);
-        evaluate_rows(up, wide.get(), from, first, last, frame.repeat, keep.get());
+        evaluate_rows(up, wide.get(), from, first, last, frame.repeat, line.get(), keep.get());
         f(b, first, last, keep.get());
       }
     }
@@ -397,39 +456,31 @@ void for_upsampled_strips(const Frame& frame, const Upsampling<A>& up, Rows<cons
 // folded [to - from, stride] += A_y^T slope, where slope [last - first, stride] holds rows [first, last).
 template <typename A>
 void fold_rows(const Upsampling<A>& up, const A* slope, int64_t first, int64_t last, int64_t from, A* folded) {
-  using V = typename Block<A>::Type;
-  const int64_t taps = up.y.taps;
   for (int64_t u = up.first_row(first); u < up.last_row(last); ++u) {
     const int64_t begin = std::max(first, up.y.begin[u]), end = std::min(last, up.y.end[u]);
-    A* into = folded + (u - from) * up.stride;
-    for (int64_t x = 0; x < up.stride; x += Block<A>::kWidth) {
-      V sum;
-      std::memcpy(&sum, into + x, sizeof(V));
-      for (int64_t y = begin; y < end; ++y) {
-        V row;
-        std::memcpy(&row, slope + (y - first) * up.stride + x, sizeof(V));
-        sum += row * up.y.weight[y * taps + u - up.y.first[y]];
-      }
-      std::memcpy(into + x, &sum, sizeof(V));
-    }
+    if (begin >= end) continue;  // where cells outnumber pixels, some are not weighed
+    weighted_rows<true>(slope + (begin - first) * up.stride, up.stride, &up.y.transposed[u * up.y.stride + begin],
+                        end - begin, folded + (u - from) * up.stride, up.stride);
   }
 }
 
 // cells [w] = folded A_x, for one row of `folded`.
 template <typename A>
 void fold_columns(const Upsampling<A>& up, const A* folded, A* cells) {
-  using V = typename Block<A>::Type;
-  constexpr int64_t n = Block<A>::kWidth;
+  using V = typename Vector<A>::Type;
+  constexpr int64_t kWidth = Vector<A>::kWidth;
   for (int64_t cell = 0; cell < up.x.cells; ++cell) {
+    const A* weight = &up.x.transposed[cell * up.stride];
     V sum = {};
-    for (int64_t x = up.x.begin[cell] / n * n; x < up.x.end[cell]; x += n) {
-      V weight, value;
-      std::memcpy(&weight, &up.transposed[cell * up.stride + x], sizeof(V));
+    for (int64_t x = up.x.begin[cell] / kWidth * kWidth; x < up.x.end[cell]; x += kWidth) {
+      V factor, value;
+      std::memcpy(&factor, weight + x, sizeof(V));
       std::memcpy(&value, folded + x, sizeof(V));
-      sum += weight * value;
+      sum += factor * value;
     }
-    cells[cell] = 0;
-    for (int64_t i = 0; i < n; ++i) cells[cell] += sum[i];
+    for (int64_t half = kWidth / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+    cells[cell] = sum[0];
   }
 }
 
@@ -442,11 +493,13 @@ void gather_slopes(const Frame& frame, const Upsampling<A>& up, M* grad_mask, co
   const int64_t work = std::max<int64_t>(1, cut.rows * frame.length * frame.planes);
   const std::unique_ptr<A[]> partial(new A[frame.B * cut.tasks * h * w]);
   torch::stable::parallel_for(0, frame.B * cut.tasks, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
-    std::vector<A> folded(h * up.stride), slope(rows * up.stride), line(repeat > 1 ? frame.length : 0);
+    const Buffer<A> folded = make_buffer<A>(h * up.stride), slope = make_buffer<A>(rows * up.stride);
+    std::vector<A> line(repeat > 1 ? frame.length : 0);
+    std::fill_n(slope.get(), rows * up.stride, A(0));  // beyond W it stays zero
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / cut.tasks, top = i % cut.tasks * cut.rows, bottom = std::min(top + cut.rows, frame.H);
       const int64_t from = up.first_row(top), to = up.last_row(bottom);
-      std::fill_n(folded.begin(), (to - from) * up.stride, A(0));
+      std::fill_n(folded.get(), (to - from) * up.stride, A(0));
       for (int64_t first = top; first < bottom; first += rows) {
         const int64_t last = std::min(first + rows, bottom);
         for (int64_t y = first; y < last; ++y) {
@@ -456,7 +509,7 @@ void gather_slopes(const Frame& frame, const Upsampling<A>& up, M* grad_mask, co
           for (int64_t p = 0; p < frame.planes; ++p) slopes(b, p, y, sum);
           for (int64_t x = 0; repeat > 1 && x < W; ++x) row[x] = sum_of(sum + x * repeat, repeat);
         }
-        fold_rows(up, slope.data(), first, last, from, folded.data());
+        fold_rows(up, slope.get(), first, last, from, folded.get());
       }
       for (int64_t u = from; u < to; ++u) fold_columns(up, &folded[(u - from) * up.stride], &partial[(i * h + u) * w]);
     }
