@@ -455,7 +455,7 @@ class _Page:
         return Tile(
             uri=pictures.data_uri(image),
             alt=f"{what} of {row['image_id']}, predicted {name}" + (" (wrong)" if wrong else ""),
-            name=f"not {name}" if wrong else name,
+            name=f"✗ {name}" if wrong else name,
             iou=self.iou.get(index),
             predicted_boxes=(_rectangle(net_box(row)),),
             true_boxes=tuple(_rectangle(box) for box in row["gt_net_boxes"] or []),
