@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from casm_fast.ops import tv_norm
+from casm_fast.ops import tv_norm, tv_norm_with_gradient
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 2), (28, 28), (33, 65), (17, 131)]
 BETAS = [1.0, 1.5, 2.0, 3.0, 4.5]
@@ -51,6 +51,41 @@ def test_equals_reference(shape, beta, isotropic, dtype, device):
     torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("isotropic", [True, False])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (28, 28), (17, 136)])
+def test_sixteen_bits_sum_in_float32(shape, beta, isotropic, dtype, gpu_device):
+    mask = masks(shape, dtype=torch.float32, device=gpu_device).to(dtype).requires_grad_()
+    wide = mask.detach().float().requires_grad_()
+    value, expected = tv_norm(mask, beta, isotropic), tv_norm.reference(wide, beta, isotropic)
+    (grad,) = torch.autograd.grad(value.sum(), mask)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+    assert value.dtype == torch.float32
+    assert grad.dtype == dtype
+    torch.testing.assert_close(value, expected, rtol=2e-6, atol=2e-6)
+    # A sum of flows is rounded once: half a unit in the last place of the storage.
+    unit = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(grad.float(), expected_grad, rtol=1.01 * unit, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("isotropic", [True, False])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_with_gradient_equals_value_and_gradient(shape, beta, isotropic, dtype, device):
+    mask = masks(shape, dtype=dtype, device=device).requires_grad_()
+    value, grad = tv_norm_with_gradient(mask, 0.25, beta, isotropic)
+    expected = tv_norm(mask, beta, isotropic)
+    (expected_grad,) = torch.autograd.grad(0.25 * expected.sum(), mask)
+    assert not value.requires_grad
+    assert not grad.requires_grad
+    specified = tv_norm_with_gradient.reference(mask, 0.25, beta, isotropic)
+    tolerance = TOLERANCE[dtype]
+    for other in ((expected.detach(), expected_grad), specified):
+        torch.testing.assert_close((value, grad), other, rtol=tolerance, atol=10 * tolerance)
+
+
 @pytest.mark.parametrize("isotropic", [True, False])
 @pytest.mark.parametrize("beta", BETAS)
 def test_equals_scalar_loop(beta, isotropic, device):
@@ -86,6 +121,7 @@ def test_opcheck(device):
     grad = torch.ones(3, dtype=mask.dtype, device=device)
     opcheck(torch.ops.casm_fast.tv_norm.default, (mask.requires_grad_(), 3.0, True))
     opcheck(torch.ops.casm_fast.tv_norm_backward.default, (grad, mask.detach(), 3.0, True))
+    opcheck(torch.ops.casm_fast.tv_norm_with_gradient.default, (mask.detach(), 0.5, 3.0, True))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "expanded", "sliced"])
@@ -154,6 +190,18 @@ def test_errors(arguments, error, message):
     assert str(caught.value) == message
 
 
+def test_errors_of_value_with_gradient():
+    with pytest.raises(
+        ValueError, match=r"^tv_norm_with_gradient: expected `mask` of shape"
+    ) as caught:
+        tv_norm_with_gradient(torch.rand(3, 4))
+    assert str(caught.value).endswith("[B, 1, H, W], got [3, 4]")
+    with pytest.raises(TypeError) as caught:
+        tv_norm_with_gradient(torch.rand(1, 1, 4, 4), torch.ones(1))
+    expected = "tv_norm_with_gradient: expected `weight` to be a number, got Tensor"
+    assert str(caught.value) == expected
+
+
 def test_double_backward_is_refused(device):
     mask = masks((4, 4), device=device).requires_grad_()
     (grad,) = torch.autograd.grad(tv_norm(mask).sum(), mask, create_graph=True)
@@ -162,16 +210,52 @@ def test_double_backward_is_refused(device):
 
 
 def test_deterministic_for_any_number_of_threads(device):
-    mask = masks((224, 224), batch=2, dtype=torch.float32, device=device)
+    side = 70 if device.type == "cpu" else 224
+    mask = masks((3 * side, side), batch=3, dtype=torch.float32, device=device)
     threads = torch.get_num_threads()
     values = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            values.append(tv_norm(mask))
+            values.append(tv_norm_with_gradient(mask))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(values[0], value) for value in values[1:])
+    for value, grad in values[1:]:
+        assert torch.equal(values[0][0], value)
+        assert torch.equal(values[0][1], grad)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (33, 65), (112, 96)])
+def test_a_mask_has_the_same_value_in_every_batch(shape, device):
+    mask = masks(shape, batch=9, dtype=torch.float32, device=device)
+    together = tv_norm_with_gradient(mask)
+    alone = [tv_norm_with_gradient(mask[i : i + 1]) for i in range(9)]
+    assert torch.equal(together[0], torch.cat([value for value, _ in alone]))
+    assert torch.equal(together[1], torch.cat([grad for _, grad in alone]))
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.5, 3.0])
+def test_tiny_differences_are_not_lost(beta, device):
+    """Differences of 1e-18, whose squares are near the least normal float32 number."""
+    generator = torch.Generator().manual_seed(3)
+    steps = torch.randint(0, 9, (3, 1, 9, 20), generator=generator, dtype=torch.float32)
+    mask = (1e-18 * steps).to(device)
+    value, grad = tv_norm_with_gradient(mask, 1.0, beta)
+    expected, expected_grad = tv_norm_with_gradient(mask.double(), 1.0, beta)
+    scale = float(expected_grad.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-6 * scale)
+    # The terms of beta 3 are 1e-54: float32 has no such numbers.
+    torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=1e-44)
+
+
+def test_not_a_number_stays_one(device):
+    mask = masks((8, 20), dtype=torch.float32, device=device)
+    mask[1, 0, 3, 4] = torch.nan
+    value, grad = tv_norm_with_gradient(mask)
+    assert value.isnan().tolist() == [False, True, False]
+    assert grad[1].isnan().any()
+    assert not grad[0].isnan().any()
 
 
 def test_compiles_to_one_graph(device):

@@ -6,6 +6,9 @@ Isotropic, eq. 6 of Fong & Vedaldi (2017) as their code computes it::
     dx = m[y, x+1] - m[y, x],  dy = m[y+1, x] - m[y, x]
 
 Anisotropic: ``sum |dx|^beta + |dy|^beta``. Differences across the far border are zero.
+
+`tv_norm` is differentiable. `tv_norm_with_gradient` is for loops that optimise the mask itself:
+value and gradient in one pass over the mask, without autograd.
 """
 
 from __future__ import annotations
@@ -58,6 +61,57 @@ def tv_norm(mask: Tensor, beta: float = 3.0, isotropic: bool = True) -> Tensor:
     return value
 
 
+def reference_with_gradient(
+    mask: Tensor, weight: float = 1.0, beta: float = 3.0, isotropic: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch, through autograd: the specification."""
+    with torch.enable_grad():
+        mask = mask.detach().requires_grad_()
+        value = reference(mask, beta, isotropic)
+        (grad_mask,) = torch.autograd.grad(weight * value.sum(), mask)
+    return value.detach(), grad_mask
+
+
+@specified_by(reference_with_gradient)
+def tv_norm_with_gradient(
+    mask: Tensor, weight: float = 1.0, beta: float = 3.0, isotropic: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Total variation of each mask of a batch, and its gradient times `weight`, in one pass.
+
+    The step of an optimisation loop, where the term is ``weight * tv_norm(mask).sum()``::
+
+        value, grad_mask = tv_norm_with_gradient(mask, weight)
+        mask.grad += grad_mask
+
+    One reading of the mask and one writing of the gradient, where `tv_norm` and its backward pass
+    read it twice, and none of autograd's bookkeeping: 9 microseconds against 80 for a 28x28 mask.
+
+    Args:
+        mask: Masks, ``[B, 1, H, W]``; any values, usually in [0, 1].
+        weight: Factor of the gradient (not of the value).
+        beta: Exponent, at least 1.
+        isotropic: As for `tv_norm`.
+
+    Returns:
+        The value, ``[B]``, as `tv_norm` gives it, and the gradient, ``[B, 1, H, W]``, in the dtype
+        of the mask. Both are detached: `mask` may require a gradient, but none flows through here.
+
+    Raises:
+        TypeError: `mask` is no tensor or has a dtype without kernels; `weight` or `beta` is no
+            number.
+        ValueError: `mask` is not ``[B, 1, H, W]`` with pixels, or `beta` is below 1.
+
+    The gradient is 0 where a difference is 0, also for beta < 2. Deterministic.
+    """
+    check_tensor("tv_norm_with_gradient", "mask", mask, "[B, 1, H, W]", channels=1)
+    weight = check_number("tv_norm_with_gradient", "weight", weight)
+    beta = check_number("tv_norm_with_gradient", "beta", beta, at_least=1)
+    result: tuple[Tensor, Tensor] = torch.ops.casm_fast.tv_norm_with_gradient(
+        mask.detach(), weight, beta, isotropic
+    )
+    return result
+
+
 def _fake(mask: Tensor, beta: float, isotropic: bool) -> Tensor:
     sixteen_bit = mask.dtype in (torch.float16, torch.bfloat16)
     return mask.new_empty(mask.shape[0], dtype=torch.float32 if sixteen_bit else mask.dtype)
@@ -65,6 +119,13 @@ def _fake(mask: Tensor, beta: float, isotropic: bool) -> Tensor:
 
 def _fake_backward(grad_value: Tensor, mask: Tensor, beta: float, isotropic: bool) -> Tensor:
     return torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+def _fake_with_gradient(
+    mask: Tensor, weight: float, beta: float, isotropic: bool
+) -> tuple[Tensor, Tensor]:
+    grad_mask = torch.empty_like(mask, memory_format=torch.contiguous_format)
+    return _fake(mask, beta, isotropic), grad_mask
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
@@ -82,6 +143,7 @@ def register(namespace: str) -> None:
     """Gives the operators in `namespace` their fakes and gradients."""
     torch.library.register_fake(f"{namespace}::tv_norm", _fake)
     torch.library.register_fake(f"{namespace}::tv_norm_backward", _fake_backward)
+    torch.library.register_fake(f"{namespace}::tv_norm_with_gradient", _fake_with_gradient)
     torch.library.register_autograd(f"{namespace}::tv_norm", _backward, setup_context=_setup)
     refuse_double_backward(f"{namespace}::tv_norm_backward")
 

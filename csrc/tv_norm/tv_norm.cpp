@@ -5,4 +5,5 @@
 CASM_FAST_SCHEMAS(m) {
   m.def("tv_norm(Tensor mask, float beta, bool isotropic) -> Tensor");
   m.def("tv_norm_backward(Tensor grad_value, Tensor mask, float beta, bool isotropic) -> Tensor");
+  m.def("tv_norm_with_gradient(Tensor mask, float weight, float beta, bool isotropic) -> (Tensor, Tensor)");
 }

@@ -16,13 +16,28 @@ inline void check_tv_norm(const Tensor& mask, double beta) {
   STD_TORCH_CHECK(beta >= 1, "beta must be at least 1");
 }
 
-// One factor per mask, of the type that sums have: the gradient of the value, or a weight.
-inline void check_weight(const Tensor& weight, const Tensor& mask) {
-  check_same_device(weight, mask);
+// The gradient of the value: one factor per mask, of the type that sums have.
+inline void check_grad_value(const Tensor& grad_value, const Tensor& mask) {
+  check_same_device(grad_value, mask);
   const bool sixteen_bit = mask.scalar_type() == ScalarType::Half || mask.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(weight.scalar_type() == (sixteen_bit ? ScalarType::Float : mask.scalar_type()),
-                  "the factors must have the dtype of the sums");
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == mask.size(0), "the factors must be [B]");
+  STD_TORCH_CHECK(grad_value.scalar_type() == (sixteen_bit ? ScalarType::Float : mask.scalar_type()),
+                  "grad_value must have the dtype of the value");
+  STD_TORCH_CHECK(grad_value.dim() == 1 && grad_value.size(0) == mask.size(0), "grad_value must be [B]");
+}
+
+// What a gradient is multiplied by: a factor for each mask, or one for all.
+template <typename T>
+struct Weight {
+  const T* each;  // [B] with a stride; null where there is one for all
+  int64_t stride;
+  T all;
+
+  CASM_FAST_HD T operator[](int64_t b) const { return each ? each[b * stride] : all; }
+};
+
+template <typename T>
+Weight<T> weight_of(const Tensor& grad_value) {
+  return {grad_value.const_data_ptr<T>(), grad_value.stride(0), T(0)};
 }
 
 // The exponents that the methods use (1: total variation, 2: quadratic, 3: meaningful perturbation) cost a square root

@@ -9,6 +9,9 @@
 // block, one warp each. Limits: rows that do not start on 16 bytes (W not a multiple of the pack, an odd address) take
 // one pixel per load.
 
+#include <optional>
+#include <tuple>
+
 #include "common/dispatch.h"
 #include "common/reduce.h"
 #include "tv_norm/tv_norm.h"
@@ -105,18 +108,18 @@ __global__ void __launch_bounds__(kThreads)
   store_team_sum(term, layout, place, sums);
 }
 
-// grad_mask = weight[image * weight_stride] * gradient; the terms go to sums [images * teams] too, where asked.
+// grad_mask = weight[image] * gradient; the terms go to sums [images * teams] too, where asked.
 template <typename scalar_t, int kPack, Beta kBeta, bool kIsotropic, bool kValue>
 __global__ void __launch_bounds__(kThreads)
-    gradient_kernel(const scalar_t* mask, const acc_t<scalar_t>* weight, int64_t weight_stride, scalar_t* grad_mask,
-                    acc_t<scalar_t>* sums, Layout layout, acc_t<scalar_t> beta) {
+    gradient_kernel(const scalar_t* mask, Weight<acc_t<scalar_t>> weight, scalar_t* grad_mask, acc_t<scalar_t>* sums,
+                    Layout layout, acc_t<scalar_t> beta) {
   using T = acc_t<scalar_t>;
   const Place place(layout, kPack);
   T term = 0;
   if (place.inside) {
     const int64_t W = layout.W, plane = place.image * layout.H * W;
     const scalar_t* image = mask + plane;
-    const T scale = weight[place.image * weight_stride];
+    const T scale = weight[place.image];
     Pixels<T, kPack> here, below;
     T from_above[kPack];  // what flows down into the row that comes next
 
@@ -176,7 +179,7 @@ ScalarType sum_dtype(const Tensor& mask) {
 template <typename F>
 void for_storage(const Tensor& mask, const F& f) {
   for_cuda_dtype(mask, [&]<typename scalar_t>() {
-    constexpr int kPack = 16 / sizeof(scalar_t);
+    constexpr int kPack = sizeof(scalar_t) == 8 ? 1 : 16 / sizeof(scalar_t);  // float64 is for checks
     const bool aligned = mask.size(3) % kPack == 0 && reinterpret_cast<uintptr_t>(mask.const_data_ptr()) % 16 == 0;
     aligned ? f.template operator()<scalar_t, kPack>() : f.template operator()<scalar_t, 1>();
   });
@@ -212,22 +215,46 @@ Tensor tv_norm(const Tensor& mask_in, double beta, bool isotropic) {
   return value;
 }
 
-Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double beta, bool isotropic) {
-  check_tv_norm(mask_in, beta);
-  check_weight(grad_value, mask_in);
-  const Device device(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+// grad_mask [B, 1, H, W] = weight times the gradient; with it the value [B] where kValue.
+template <bool kValue>
+void run_gradient(const Tensor& mask, const std::optional<Tensor>& grad_value, double weight, double beta,
+                  bool isotropic, Tensor& grad_mask, Tensor* value, const Device& device) {
   for_storage(mask, [&]<typename scalar_t, int kPack>() {
     using T = acc_t<scalar_t>;
     const Layout layout(mask, kPack);
+    T* sums = nullptr;
+    std::optional<Tensor> kept;
+    if constexpr (kValue) {
+      kept = sums_of(*value, layout);
+      sums = kept->mutable_data_ptr<T>();
+    }
     for_tv_case(beta, isotropic, [&]<Beta kBeta, bool kIsotropic>() {
-      launch(gradient_kernel<scalar_t, kPack, kBeta, kIsotropic, false>, layout.grid(), dim3(kThreads), 0, device,
-             mask.const_data_ptr<scalar_t>(), grad_value.const_data_ptr<T>(), grad_value.stride(0),
-             grad_mask.mutable_data_ptr<scalar_t>(), static_cast<T*>(nullptr), layout, T(beta));
+      launch(gradient_kernel<scalar_t, kPack, kBeta, kIsotropic, kValue>, layout.grid(), dim3(kThreads), 0, device,
+             mask.const_data_ptr<scalar_t>(), grad_value ? weight_of<T>(*grad_value) : Weight<T>{nullptr, 0, T(weight)},
+             grad_mask.mutable_data_ptr<scalar_t>(), sums, layout, T(beta));
     });
+    if constexpr (kValue) finish<T>(*kept, *value, layout, device);
   });
+}
+
+Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double beta, bool isotropic) {
+  check_tv_norm(mask_in, beta);
+  check_grad_value(grad_value, mask_in);
+  const Device device(mask_in);
+  const Tensor mask = torch::stable::contiguous(mask_in);
+  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+  run_gradient<false>(mask, grad_value, 1, beta, isotropic, grad_mask, nullptr, device);
   return grad_mask;
+}
+
+std::tuple<Tensor, Tensor> tv_norm_with_gradient(const Tensor& mask_in, double weight, double beta, bool isotropic) {
+  check_tv_norm(mask_in, beta);
+  const Device device(mask_in);
+  const Tensor mask = torch::stable::contiguous(mask_in);
+  Tensor value = torch::stable::new_empty(mask, {mask.size(0)}, sum_dtype(mask));
+  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+  run_gradient<true>(mask, std::nullopt, weight, beta, isotropic, grad_mask, &value, device);
+  return {value, grad_mask};
 }
 
 }  // namespace
@@ -236,4 +263,5 @@ Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double 
 CASM_FAST_KERNELS(CASM_FAST_CUDA_KEY, m) {
   m.impl("tv_norm", TORCH_BOX(&casm_fast::tv_norm));
   m.impl("tv_norm_backward", TORCH_BOX(&casm_fast::tv_norm_backward));
+  m.impl("tv_norm_with_gradient", TORCH_BOX(&casm_fast::tv_norm_with_gradient));
 }
