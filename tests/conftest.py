@@ -39,7 +39,7 @@ def _device(request: pytest.FixtureRequest) -> torch.device:
     # The doors call torch.ops.casm_fast: for this test that is the emulated GPU, on host
     # tensors, in a GPU's dtypes.
     monkeypatch.setattr(torch.ops, "casm_fast", torch.ops.casm_fast_emulated)
-    monkeypatch.setattr(checks, "dtypes_with_kernels", lambda device, cpu: checks.CUDA_DTYPES)
+    monkeypatch.setattr(checks, "CPU_DTYPES", checks.CUDA_DTYPES)
     # Each test has its own order of threads, the same in every run.
     monkeypatch.setenv("CASM_FAST_EMULATOR_SEED", str(zlib.crc32(request.node.name.encode())))
     return torch.device("cpu")

@@ -8,7 +8,7 @@ synchronisation, output shapes that depend on input shapes alone.
 from casm_fast.ops.blur_mask import blur_mask, gaussian_blur
 from casm_fast.ops.jitter_mask import blend, jitter_mask, upsample_mask
 from casm_fast.ops.mask_boxes import connected_components, mask_boxes
-from casm_fast.ops.tv_norm import tv_norm
+from casm_fast.ops.tv_norm import tv_norm, tv_norm_with_gradient
 
 __all__ = [
     "blend",
@@ -18,5 +18,6 @@ __all__ = [
     "jitter_mask",
     "mask_boxes",
     "tv_norm",
+    "tv_norm_with_gradient",
     "upsample_mask",
 ]
