@@ -82,6 +82,7 @@ def config(**fields: Any) -> TrainConfig:
         "lambda_r": 1.5,
         "history_size": 2,
         "pretrain_epochs": 0,
+        "masked_statistics": True,
     }
     return TrainConfig(**{**defaults, **fields})
 
@@ -228,6 +229,24 @@ def test_the_mask_objective_never_reaches_the_classifier() -> None:
     settings = config(strategy="L1", classifier_lr=0.0, weight_decay=0.0)
     run(Engine(model, settings, classes=CLASSES, device=CPU), batches(4))
     assert all(torch.equal(before[n], p) for n, p in model.classifier.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", ["L", "L1"])
+def test_running_statistics_can_stay_those_of_clean_images(strategy: str) -> None:
+    """With a classifier rate of 0 they are what clean images alone leave."""
+    fields = {"strategy": strategy, "classifier_lr": 0.0, "weight_decay": 0.0}
+    plain, data = tiny_model(), batches(4)
+    for images, _ in data:
+        plain.classifier(images)
+    for masked, same in ((False, True), (True, False)):
+        model = tiny_model()
+        settings = config(masked_statistics=masked, **fields)
+        run(Engine(model, settings, classes=CLASSES, device=CPU), data)
+        for index in ("first", "second"):
+            found, expected = (m.classifier.backbone[index][1] for m in (model, plain))
+            assert torch.allclose(found.running_mean, expected.running_mean) == same
+            assert torch.allclose(found.running_var, expected.running_var) == same
+            assert found.momentum == expected.momentum
 
 
 def test_pretraining_is_plain_sgd_with_the_documented_schedule() -> None:

@@ -125,6 +125,7 @@ class Recipe:
     pretrain_epochs: int
     pretrain_lr: float
     pretrain_weight_decay: float
+    masked_statistics: bool
 
 
 PAPER = Recipe(
@@ -143,6 +144,7 @@ PAPER = Recipe(
     pretrain_epochs=0,
     pretrain_lr=0.1,
     pretrain_weight_decay=1e-4,
+    masked_statistics=True,
 )
 
 EMBEDDED = Recipe(
@@ -161,6 +163,7 @@ EMBEDDED = Recipe(
     pretrain_epochs=8,
     pretrain_lr=0.1,
     pretrain_weight_decay=1e-3,
+    masked_statistics=False,
 )
 
 
@@ -200,6 +203,10 @@ class TrainConfig:
     classifier_update: ClassifierUpdate = "joint"
     """"joint": eq. 8, one step on clean and masked images together; "alternating": two steps, as in
     the authors' code."""
+
+    masked_statistics: bool | None = None
+    """The classifier's running batch statistics see masked images too, as in the authors' code
+    (paper: yes; embedded set: no)."""
 
     history_probability: float = 0.5
     """Probability that the judge is drawn from the history; otherwise it is the newest

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.ops import blend, gaussian_blur
@@ -89,6 +90,9 @@ class Engine:
             model.std
         )
         self.infill_colour = colour.view(1, 3, 1, 1).to(device)
+        self._normalisations = [
+            module for module in model.classifier.modules() if isinstance(module, _BatchNorm)
+        ]
         self._sums = torch.zeros(len(STATISTICS), device=device)
         self.images = 0
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -189,13 +193,13 @@ class Engine:
             )  # detaches the taps of a shared encoder
             masked = self.masked_out(images, saliency)
             judge_logits = (
-                model.classifier(masked)[0]
+                self._classify_masked(masked)
                 if snapshot is None
                 else self.history.judge(snapshot, masked)
             )
             live_logits = judge_logits
             if snapshot is not None and not alternating:
-                live_logits = model.classifier(masked.detach())[0]
+                live_logits = self._classify_masked(masked.detach())
 
         loss = classification_loss(
             logits, live_logits.detach() if alternating else live_logits, labels
@@ -235,6 +239,23 @@ class Engine:
                 correct.float().mean(),
                 _hits(judge_logits, labels),
             )
+
+    def _classify_masked(self, masked: Tensor) -> Tensor:
+        """The live classifier on masked-out images, ``[B, 3, H, W] -> [B, K]``.
+
+        In train mode it normalises by the batch. Whether the running statistics, which evaluation
+        uses on clean images, follow too is `TrainConfig.masked_statistics`: where masks remove
+        most of the evidence the two kinds of image have such different statistics that their
+        mixture fits neither.
+        """
+        momenta = [layer.momentum for layer in self._normalisations]
+        if not self.recipe.masked_statistics:
+            for layer in self._normalisations:
+                layer.momentum = 0.0
+        logits: Tensor = self.model.classifier(masked)[0]
+        for layer, momentum in zip(self._normalisations, momenta, strict=True):
+            layer.momentum = momentum
+        return logits
 
     def masked_out(self, images: Tensor, saliency: Tensor) -> Tensor:
         """``(1 - m) x + m r``: the images with their salient part replaced by the infill r.
