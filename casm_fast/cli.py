@@ -103,7 +103,12 @@ class Demo(Verb):
                 pretrain_epochs=QUICK_PRETRAIN_EPOCHS,
                 epochs=QUICK_EPOCHS,
             )
-        result = train(config)
+        try:
+            result = train(config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Everything is saved: the same command goes on where it stopped"
+            ) from None
 
         say("[3/4] extraction: one box per file")
         extraction = extract(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import casm_fast
+
 State = Literal["ok", "note", "problem"]
 
 OPTIONAL = {
@@ -87,11 +89,9 @@ def _guarded(look: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def _system() -> list[Finding]:
-    from casm_fast import __version__
-
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        Finding("casm_fast", "ok", __version__),
+        Finding("casm_fast", "ok", casm_fast.__version__),
         Finding("python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Finding("machine", "ok", f"{platform.system()} {platform.machine()}, {threads} CPUs"),
     ]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import casm_fast
 from casm_fast.data import predictions
 from casm_fast.data.loading import ImageBatch, evaluation_batches
 from casm_fast.data.predictions import Convention, Description
@@ -243,10 +244,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from casm_fast import __version__
-
     return {
-        "casm_fast": __version__,
+        "casm_fast": casm_fast.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
