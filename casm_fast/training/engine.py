@@ -188,9 +188,8 @@ class Engine:
             _descend(self.classifier_optimizer, theta, _gradients(clean_loss, theta))
 
         with self._autocast():
-            saliency = full_precision(
-                model.decode(images, taps)
-            )  # detaches the taps of a shared encoder
+            # The taps of a shared encoder are detached in there.
+            saliency = full_precision(model.decode(images, taps))
             masked = self.masked_out(images, saliency)
             judge_logits = (
                 self._classify_masked(masked)
