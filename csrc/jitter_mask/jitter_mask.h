@@ -55,11 +55,11 @@ CASM_FAST_HD inline int64_t first_cell(int64_t v, int64_t cells, int64_t pixels,
   return first < 0 ? 0 : int64_t(first < last ? first : last);
 }
 
-// Writes the weights of pixel v, in the arithmetic of P. Neighbouring terms of a Gaussian have ratios that form a
-// geometric series, so two exponentials make the row. (No sigma is so small that it makes 0 / 0 here.)
+// Writes the weights of pixel v, `stride` apart, in the arithmetic of P. Neighbouring terms of a Gaussian have ratios
+// that form a geometric series, so two exponentials make the row. (No sigma is so small that it makes 0 / 0 here.)
 template <typename A, typename P>
 CASM_FAST_HD void gaussian_weights(int64_t v, int64_t cells, int64_t pixels, int64_t first, int64_t taps, double sigma,
-                                   A* weight) {
+                                   A* weight, int64_t stride) {
   if (sigma == 0) {
     weight[0] = 1;
     return;
@@ -70,18 +70,18 @@ CASM_FAST_HD void gaussian_weights(int64_t v, int64_t cells, int64_t pixels, int
   const P d = P((2 * nearest + 1) * pixels - (2 * v + 1) * cells) / P(2 * pixels);
   const P step = std::exp(-2 * inverse);
   P term = 1, ratio = std::exp(-(1 + 2 * d) * inverse), sum = 1;
-  weight[centre] = 1;
-  for (int64_t k = centre + 1; k < taps; ++k, ratio *= step) sum += weight[k] = A(term *= ratio);
+  weight[centre * stride] = 1;
+  for (int64_t k = centre + 1; k < taps; ++k, ratio *= step) sum += weight[k * stride] = A(term *= ratio);
   term = 1, ratio = std::exp(-(1 - 2 * d) * inverse);
-  for (int64_t k = centre - 1; k >= 0; --k, ratio *= step) sum += weight[k] = A(term *= ratio);
+  for (int64_t k = centre - 1; k >= 0; --k, ratio *= step) sum += weight[k * stride] = A(term *= ratio);
 
   const P units = P(int64_t(1) << std::numeric_limits<A>::digits), scale = units / sum;
   P running = 0, before = 0;
   for (int64_t k = 0; k < taps; ++k) {
-    running += P(weight[k]) * scale;
+    running += P(weight[k * stride]) * scale;
     P until = k + 1 == taps ? units : std::rint(running);
     if (until > units) until = units;
-    weight[k] = A((until - before) / units);
+    weight[k * stride] = A((until - before) / units);
     before = until;
   }
 }
@@ -93,7 +93,7 @@ CASM_FAST_HD void gaussian_weights(int64_t v, int64_t cells, int64_t pixels, int
 // plane of W * C values, each pixel C times.
 struct Frame {
   int64_t B, planes, H, length, repeat;
-  int64_t W() const { return length / repeat; }
+  CASM_FAST_HD int64_t W() const { return length / repeat; }
 };
 
 // Where one tensor keeps such rows; strides count values. Zero strides (expanded tensors) are fine for reading.
@@ -215,6 +215,24 @@ inline void check_jitter(const Tensor& image, const OptionalTensor& reference, c
   check_size(H, W);
   check_sigma(sigma);
   STD_TORCH_CHECK(image.size(2) >= H && image.size(3) >= W, "the window must not exceed the image");
+}
+
+inline void check_jitter_gradient(const Tensor& grad, const Tensor& image, const OptionalTensor& reference,
+                                  const Tensor& mask, const Tensor& offset, double sigma) {
+  check_image(grad);
+  check_jitter(image, reference, mask, offset, grad.size(2), grad.size(3), sigma);
+  check_same_dtype(image, grad);
+  check_same_device(image, grad);
+  STD_TORCH_CHECK(grad.size(0) == image.size(0) && grad.size(1) == image.size(1), "grad_out must be [B, C, H, W]");
+}
+
+inline void check_image_gradient(const Tensor& grad, const Tensor& mask, const Tensor& offset, int64_t Hi, int64_t Wi,
+                                 double sigma) {
+  check_image(grad);
+  check_mask(grad, mask);
+  check_offset(grad, offset);
+  check_sigma(sigma);
+  STD_TORCH_CHECK(Hi >= grad.size(2) && Wi >= grad.size(3), "the window must not exceed the image");
 }
 
 // Where the window of a batch begins along one axis; offsets that do not fit are clamped.

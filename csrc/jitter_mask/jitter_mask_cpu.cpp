@@ -320,7 +320,7 @@ struct Band {
       if (v >= period && first[v] == first[v - period] + shift && first[v - period] > 0 && first[v] + taps < cells)
         std::copy_n(row - period * taps, taps, row);
       else
-        gaussian_weights<A, double>(v, cells, pixels, first[v], taps, sigma, row);
+        gaussian_weights<A, double>(v, cells, pixels, first[v], taps, sigma, row, 1);
       for (int64_t k = 0; k < taps; ++k) {
         const int64_t u = first[v] + k;
         transposed[u * stride + v] = row[k];
@@ -612,13 +612,8 @@ Tensor jitter_mask(const Tensor& image_in, const OptionalTensor& reference_in, c
 
 Tensor jitter_mask_backward_mask(const Tensor& grad_in, const Tensor& image_in, const OptionalTensor& reference_in,
                                  const Tensor& mask, const Tensor& offset_in, double sigma) {
-  check_image(grad_in);
+  check_jitter_gradient(grad_in, image_in, reference_in, mask, offset_in, sigma);
   const int64_t H = grad_in.size(2), W = grad_in.size(3), h = mask.size(2), w = mask.size(3);
-  check_jitter(image_in, reference_in, mask, offset_in, H, W, sigma);
-  check_same_dtype(image_in, grad_in);
-  check_same_device(image_in, grad_in);
-  STD_TORCH_CHECK(grad_in.size(0) == image_in.size(0) && grad_in.size(1) == image_in.size(1),
-                  "grad_out must be [B, C, H, W]");
   const bool interleaved = is_interleaved(image_in);
   const Tensor image = with_rows(image_in, interleaved), grad = with_rows(grad_in, interleaved);
   const OptionalTensor reference = with_rows(reference_in, interleaved);
@@ -642,15 +637,11 @@ Tensor jitter_mask_backward_mask(const Tensor& grad_in, const Tensor& image_in, 
 // grad_out * M at the window, zero around it: the gradient of the image; with 1 - M that of the reference.
 Tensor jitter_mask_backward_image(const Tensor& grad_in, const Tensor& mask_in, const Tensor& offset_in, int64_t Hi,
                                   int64_t Wi, double sigma, bool complement) {
-  check_image(grad_in);
-  check_mask(grad_in, mask_in);
-  check_offset(grad_in, offset_in);
-  check_sigma(sigma);
+  check_image_gradient(grad_in, mask_in, offset_in, Hi, Wi, sigma);
   const bool interleaved = is_interleaved(grad_in);
   const Tensor grad = with_rows(grad_in, interleaved), mask = with_rows(mask_in, false);
   const Tensor offset = torch::stable::contiguous(offset_in);
   const int64_t H = grad.size(2), W = grad.size(3);
-  STD_TORCH_CHECK(Hi >= H && Wi >= W, "the window must not exceed the image");
   const Frame frame = frame_of(grad, H, W, interleaved);
   const Windows windows(offset, Hi, Wi, frame);
   const Tensor out = empty_image(grad, Hi, Wi, interleaved);
