@@ -10,11 +10,11 @@
 //
 // Bytes per pixel of three float channels: blend and jitter_mask 36 (24 without reference), plus 4 for a mask of image
 // size; the gradient of the mask 36, of an image 24. At 28x28 to 224x224 a pixel takes about 12 multiplications, far
-// below what the traffic leaves time for. Rows that begin on 16 bytes are read and written in packs of 16 bytes; a
-// random shift moves three float images out of four off them, and those go value by value, neighbours by neighbouring
-// threads, which moves the same lines. channels_last images are rows of W * C values here: the same kernels, not
-// copied. Limits: shared memory holds the weights of a tile, so that sigma can reach over some thousand cells, not
-// more.
+// below what the traffic leaves time for. Rows that begin on a pack (16 bytes, 8 of 16-bit storage) are read and
+// written in packs; a random shift moves three images out of four off them, and those go value by value, neighbours by
+// neighbouring threads, which moves the same lines. channels_last images are rows of W * C values here: the same
+// kernels, not copied. Limits: shared memory holds the weights of a tile, so that sigma can reach over some thousand
+// cells, not more.
 
 #include "common/dispatch.h"
 #include "common/launch.h"
@@ -26,8 +26,17 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPlanes = 3;  // channels under way at once: enough loads in flight, and all of an RGB image
 
+// Values per access: 16 bytes, but 8 of 16-bit storage. Those keep as much under way with half the registers, and rows
+// of 228 pixels, 224 and the usual jitter, begin on 8 bytes but not on 16.
 template <typename T>
-constexpr int kPackOf = 16 / sizeof(T);
+constexpr int kPackOf = sizeof(T) == 8 ? 2 : 4;
+
+// Blocks per multiprocessor, at least, so that enough loads are under way: six per thread in the forward pass, nine in
+// the gradient. (double is there for gradcheck.)
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
+template <typename T>
+constexpr int kFoldBlocks = sizeof(T) == 8 ? 2 : 3;
 
 // Calls `f` with the dtypes of the image and of the mask.
 template <typename F>
@@ -46,72 +55,96 @@ dim3 blocks_for(int64_t count) {
   return dim3(static_cast<unsigned>(count));
 }
 
-// Whether every row begins on 16 bytes, where the tensor is given.
+// Whether images, planes and rows are a whole number of packs apart; that of an absent image is.
+template <typename T>
+bool steps_by_packs(const Rows<T>& rows) {
+  return rows.batch % kPackOf<T> == 0 && rows.plane % kPackOf<T> == 0 && rows.row % kPackOf<T> == 0;
+}
+
+// Whether every row begins on a pack too.
 template <typename T>
 bool begins_on_packs(const Rows<T>& rows) {
-  constexpr int kPack = kPackOf<T>;
-  return !rows || (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch % kPack == 0 &&
-                   rows.plane % kPack == 0 && rows.row % kPack == 0);
+  return steps_by_packs(rows) && reinterpret_cast<uintptr_t>(rows.data) % (kPackOf<T> * sizeof(T)) == 0;
 }
 
 // ---------------------------------------------------------------- pixels
 
-// Blends kCount neighbouring values from place i of row y on, in every plane, under `keep`.
+// One place of an image, in all its planes; null where the image is not given.
+template <typename T>
+struct Place {
+  T* data;
+  int64_t plane;
+  __device__ explicit operator bool() const { return data != nullptr; }
+  __device__ T* operator[](int64_t p) const { return data + p * plane; }
+};
+
+template <typename T>
+__device__ Place<T> place_of(const Rows<T>& rows, int64_t b, int64_t y, int64_t i) {
+  return {rows ? rows.at(b, 0, y) + i : nullptr, rows.plane};
+}
+
+// Blends kCount neighbouring values of every plane under `keep`.
 template <int kCount, typename T, typename A>
-__device__ void blend_values(const Frame& frame, const Rows<const T>& image, const Rows<const T>& reference,
-                             const Rows<T>& out, int64_t b, int64_t y, int64_t i, const A (&keep)[kCount]) {
-  for (int64_t plane = 0; plane < frame.planes; plane += kPlanes) {
+__device__ void blend_values(int64_t planes, const Place<const T>& image, const Place<const T>& reference,
+                             const Place<T>& out, const A (&keep)[kCount]) {
+  for (int64_t plane = 0; plane < planes; plane += kPlanes) {
     Pack<T, kCount> top[kPlanes] = {}, below[kPlanes] = {};
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
-      if (plane + p >= frame.planes) break;
-      if (image) top[p] = load_pack<kCount>(image.at(b, plane + p, y) + i);
-      if (reference) below[p] = load_pack<kCount>(reference.at(b, plane + p, y) + i);
+      if (plane + p >= planes) break;
+      if (image) top[p] = load_pack<kCount>(image[plane + p]);
+      if (reference) below[p] = load_pack<kCount>(reference[plane + p]);
     }
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
-      if (plane + p >= frame.planes) break;
+      if (plane + p >= planes) break;
       Pack<T, kCount> result;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        A value = 0;
-        if (image) value = static_cast<A>(top[p][j]) * keep[j];
+        // A zero that stands for an absent image must not meet an infinite mask.
+        A value = image ? static_cast<A>(top[p][j]) * keep[j] : A(0);
         if (reference) value += static_cast<A>(below[p][j]) * (1 - keep[j]);
         result[j] = static_cast<T>(value);
       }
-      store_pack(out.at(b, plane + p, y) + i, result);
+      store_pack(out[plane + p], result);
     }
   }
 }
 
-// What the mask value of kCount neighbouring pixels receives: grad * (image - reference) over all channels, or grad
-// where no image is given. Packs need planar images.
+// What the mask value of kCount neighbouring places receives: grad * (image - reference), summed over `count` planes,
+// or grad where no image is given.
 template <int kCount, typename T, typename A>
-__device__ void slopes_of(const Frame& frame, const Rows<const T>& grad, const Rows<const T>& image,
-                          const Rows<const T>& reference, int64_t b, int64_t y, int64_t x, A (&slope)[kCount]) {
+__device__ void slopes_of(int64_t count, const Place<const T>& grad, const Place<const T>& image,
+                          const Place<const T>& reference, A (&slope)[kCount]) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) slope[j] = 0;
-  const int64_t channels = frame.planes * frame.repeat;
-  for (int64_t channel = 0; channel < channels; channel += kPlanes) {
+  for (int64_t plane = 0; plane < count; plane += kPlanes) {
     Pack<T, kCount> flow[kPlanes] = {}, top[kPlanes] = {}, below[kPlanes] = {};
 #pragma unroll
-    for (int c = 0; c < kPlanes; ++c) {
-      if (channel + c >= channels) break;
-      const int64_t p = frame.repeat > 1 ? 0 : channel + c, i = frame.repeat > 1 ? x * frame.repeat + channel + c : x;
-      flow[c] = load_pack<kCount>(grad.at(b, p, y) + i);
-      if (image) top[c] = load_pack<kCount>(image.at(b, p, y) + i);
-      if (reference) below[c] = load_pack<kCount>(reference.at(b, p, y) + i);
+    for (int p = 0; p < kPlanes; ++p) {
+      if (plane + p >= count) break;
+      flow[p] = load_pack<kCount>(grad[plane + p]);
+      if (image) top[p] = load_pack<kCount>(image[plane + p]);
+      if (reference) below[p] = load_pack<kCount>(reference[plane + p]);
     }
 #pragma unroll
-    for (int c = 0; c < kPlanes; ++c) {
-      if (channel + c >= channels) break;
+    for (int p = 0; p < kPlanes; ++p) {
+      if (plane + p >= count) break;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const A difference = image ? static_cast<A>(top[c][j]) - static_cast<A>(below[c][j]) : A(1);
-        slope[j] += static_cast<A>(flow[c][j]) * difference;
+        const A difference = image ? static_cast<A>(top[p][j]) - static_cast<A>(below[p][j]) : A(1);
+        slope[j] += static_cast<A>(flow[p][j]) * difference;
       }
     }
   }
+}
+
+// The pixels of an image [B, H, W] with their channels `plane` apart, whichever way they lie.
+template <typename T>
+__device__ Place<T> pixel_of(const Rows<T>& rows, const Frame& frame, int64_t b, int64_t y, int64_t x) {
+  Place<T> place = place_of(rows, b, y, x * frame.repeat);
+  if (frame.repeat > 1) place.plane = 1;
+  return place;
 }
 
 // ---------------------------------------------------------------- blend
@@ -131,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) blend_kernel(Frame frame, Rows<const
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
     keep[j] = static_cast<A>(cells[same ? i + j : cell_of((i + j) / frame.repeat, w, frame.W())]);
-  blend_values<kCount>(frame, image, reference, out, b, y, i, keep);
+  blend_values(frame.planes, place_of(image, b, y, i), place_of(reference, b, y, i), place_of(out, b, y, i), keep);
 }
 
 // grad_mask [B, H, W] of a mask of image size, one thread per kCount pixels.
@@ -143,7 +176,8 @@ __global__ void __launch_bounds__(kThreads)
   if (thread >= frame.B * frame.H * packs) return;
   const int64_t row = thread / packs, x = (thread - row * packs) * kCount, b = row / frame.H, y = row - b * frame.H;
   acc_t<T> slope[kCount];
-  slopes_of<kCount>(frame, grad, image, reference, b, y, x, slope);
+  slopes_of(frame.planes * frame.repeat, pixel_of(grad, frame, b, y, x), pixel_of(image, frame, b, y, x),
+            pixel_of(reference, frame, b, y, x), slope);
 #pragma unroll
   for (int j = 0; j < kCount; ++j) grad_mask[row * frame.W() + x + j] = static_cast<M>(slope[j]);
 }
@@ -156,21 +190,23 @@ struct Axis {
   int taps;
   double sigma, reach;
 
-  __device__ int64_t first(int64_t v) const { return first_cell(v, cells, pixels, taps, sigma, reach); }
+  __device__ int first(int64_t v) const { return static_cast<int>(first_cell(v, cells, pixels, taps, sigma, reach)); }
 };
 
 template <typename A>
 Axis axis_of(int64_t cells, int64_t pixels, double sigma) {
+  constexpr int64_t kLongest = int64_t(1) << 30;  // tiles count pixels in 32 bits
+  STD_TORCH_CHECK(cells <= kLongest && pixels <= kLongest, "expected sides of up to 2^30");
   return {cells, pixels, static_cast<int>(tap_count<A>(sigma, cells)), sigma, gaussian_reach<A>(sigma)};
 }
 
 // How images are cut into tiles, and what a tile keeps in shared memory.
 struct Tiling {
   Axis y, x;
-  int rows, columns;         // of a tile, in pixels
-  int cells_y, cells_x;      // the most cells that a tile touches
-  int64_t tiles_y, tiles_x;  // of an image
-  int64_t bytes;             // of shared memory
+  int rows, columns;     // of a tile, in pixels
+  int cells_y, cells_x;  // the most cells that a tile touches
+  int tiles_y, tiles_x;  // of an image
+  int64_t bytes;         // of shared memory
 
   Tiling(const Axis& y, const Axis& x, int64_t value_bytes, int64_t most_bytes) : y(y), x(x) {
     constexpr int64_t kRows = 32, kColumns = 128, kStep = 16;  // columns in steps of the largest pack and its double
@@ -182,11 +218,11 @@ struct Tiling {
       measure(value_bytes);
     }
     STD_TORCH_CHECK(bytes <= most_bytes, "sigma reaches over too many cells for the shared memory of this device");
-    tiles_y = ceil_div(y.pixels, rows);
-    tiles_x = ceil_div(x.pixels, columns);
+    tiles_y = static_cast<int>(ceil_div(y.pixels, rows));
+    tiles_x = static_cast<int>(ceil_div(x.pixels, columns));
   }
 
-  int64_t tiles() const { return tiles_y * tiles_x; }
+  int64_t tiles() const { return static_cast<int64_t>(tiles_y) * tiles_x; }
   CASM_FAST_HD int64_t cells() const { return static_cast<int64_t>(cells_y) * cells_x; }
 
  private:
@@ -209,28 +245,27 @@ template <typename A>
 struct Tile {
   int rows, columns;         // of this tile, cut at the border of the image
   int height, width, pitch;  // of the arrays in shared memory
-  int64_t index, b, y, x;    // among all tiles; image and first pixel
-  int64_t u, j;              // first cell
+  int b, y, x;               // image and first pixel
+  int u, j;                  // first cell
   int cells_y, cells_x;      // cells
   A *weight_y, *weight_x;    // [taps_y, height], [taps_x, width]
   A *cells, *pixels;         // [cells_y, pitch], [height, width]
   int *first_y, *first_x;    // [height], [width], from (u, j) on
 
   __device__ explicit Tile(const Tiling& tiling) {
-    index = blockIdx.x;
-    const int64_t row = index / tiling.tiles_x;
+    const int index = static_cast<int>(blockIdx.x), row = index / tiling.tiles_x;
     b = row / tiling.tiles_y;
     y = (row - b * tiling.tiles_y) * tiling.rows;
     x = (index - row * tiling.tiles_x) * tiling.columns;
     height = tiling.rows;
     width = tiling.columns;
     pitch = width + 1;  // odd: the cells of a column lie in different banks
-    rows = static_cast<int>(min(static_cast<int64_t>(height), tiling.y.pixels - y));
-    columns = static_cast<int>(min(static_cast<int64_t>(width), tiling.x.pixels - x));
+    rows = min(height, static_cast<int>(tiling.y.pixels) - y);
+    columns = min(width, static_cast<int>(tiling.x.pixels) - x);
     u = tiling.y.first(y);
     j = tiling.x.first(x);
-    cells_y = static_cast<int>(tiling.y.first(y + rows - 1) + tiling.y.taps - u);
-    cells_x = static_cast<int>(tiling.x.first(x + columns - 1) + tiling.x.taps - j);
+    cells_y = tiling.y.first(y + rows - 1) + tiling.y.taps - u;
+    cells_x = tiling.x.first(x + columns - 1) + tiling.x.taps - j;
     weight_y = dynamic_shared<A>();
     weight_x = weight_y + tiling.y.taps * height;
     cells = weight_x + tiling.x.taps * width;
@@ -241,14 +276,18 @@ struct Tile {
 
   // The weights of every row and column, one thread each. The caller waits.
   __device__ void weigh(const Tiling& tiling) {
-    for (int v = threadIdx.x; v < rows + columns; v += kThreads) {
-      const bool is_row = v < rows;
-      const Axis& axis = is_row ? tiling.y : tiling.x;
-      const int local = is_row ? v : v - rows;
-      const int64_t place = is_row ? y + local : x + local, first = axis.first(place);
-      (is_row ? first_y : first_x)[local] = static_cast<int>(first - (is_row ? u : j));
-      gaussian_weights<A, A>(place, axis.cells, axis.pixels, first, axis.taps, axis.sigma,
-                             (is_row ? weight_y : weight_x) + local, is_row ? height : width);
+    weigh_axis(tiling.y, y, rows, height, u, threadIdx.x, first_y, weight_y);
+    // Columns begin with the thread after the last row's, so that both go on at once.
+    const int turned = static_cast<int>(threadIdx.x + kThreads - rows % kThreads) % kThreads;
+    weigh_axis(tiling.x, x, columns, width, j, turned, first_x, weight_x);
+  }
+
+  __device__ static void weigh_axis(const Axis& axis, int from, int count, int stride, int cell, int thread, int* first,
+                                    A* weight) {
+    for (int v = thread; v < count; v += kThreads) {
+      const int first_of_v = axis.first(from + v);
+      first[v] = first_of_v - cell;
+      gaussian_weights<A, A>(from + v, axis.cells, axis.pixels, first_of_v, axis.taps, axis.sigma, weight + v, stride);
     }
   }
 
@@ -286,17 +325,22 @@ struct Windows {
 
   __device__ int64_t y(int64_t b) const { return offset ? clamped(offset[2 * b], room_y) : 0; }
   __device__ int64_t x(int64_t b) const { return offset ? clamped(offset[2 * b + 1], room_x) : 0; }
+};
 
-  // Image b as seen from its window; null stays null.
-  template <typename T>
-  __device__ Rows<T> see(Rows<T> image, int64_t b, int64_t repeat) const {
-    if (image) image.data += y(b) * image.row + x(b) * repeat;
-    return image;
+// The pixels of a tile as they lie in an image, from its corner on.
+template <typename T>
+struct Corner {
+  T* data = nullptr;
+  int64_t plane = 0, row = 0;
+
+  template <typename A>
+  __device__ Corner(const Rows<T>& rows, const Tile<A>& tile, const Windows& windows, int64_t repeat)
+      : plane(rows.plane), row(rows.row) {
+    if (rows) data = rows.at(tile.b, 0, tile.y + windows.y(tile.b)) + (tile.x + windows.x(tile.b)) * repeat;
   }
-  template <int kPack>
-  __device__ bool on_packs(int64_t b, int64_t repeat) const {
-    return x(b) * repeat % kPack == 0;
-  }
+  __device__ Place<T> at(int y, int i) const { return {data ? data + y * row + i : nullptr, plane}; }
+  // Whether the corner, and with it every row, begins on a pack.
+  __device__ bool on_packs() const { return reinterpret_cast<uintptr_t>(data) % (kPackOf<T> * sizeof(T)) == 0; }
 };
 
 // ---------------------------------------------------------------- upsample_mask
@@ -316,47 +360,47 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(Tiling tiling, Rows<
 
 // Blends the tile, kCount values per thread and step.
 template <int kCount, typename T, typename A>
-__device__ void blend_tile(const Tile<A>& tile, const Frame& frame, const Rows<const T>& image,
-                           const Rows<const T>& reference, const Rows<T>& out) {
-  const int repeat = static_cast<int>(frame.repeat), packs = tile.columns * repeat / kCount;
+__device__ void blend_tile(const Tile<A>& tile, int64_t planes, int repeat, const Corner<const T>& image,
+                           const Corner<const T>& reference, const Corner<T>& out) {
+  const int packs = tile.columns * repeat / kCount;
   for (int n = threadIdx.x; n < tile.rows * packs; n += kThreads) {
     const int row = n / packs, i = (n - row * packs) * kCount;
     A keep[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) keep[k] = tile.pixels[row * tile.width + (repeat == 1 ? i + k : (i + k) / repeat)];
-    blend_values<kCount>(frame, image, reference, out, tile.b, tile.y + row, tile.x * repeat + i, keep);
+    blend_values(planes, image.at(row, i), reference.at(row, i), out.at(row, i), keep);
   }
 }
 
 // Images and out are seen through their windows: the forward pass shifts the images, their gradient shifts the result.
-// `on_packs`: all rows begin on 16 bytes, before shifts.
+// `on_packs`: rows, planes and images are a whole number of packs apart, and so are the ends of a row.
 template <typename T, typename M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     jitter_kernel(Tiling tiling, Frame frame, Rows<const T> image, Rows<const T> reference, Rows<const M> mask,
                   Rows<T> out, Windows in_windows, Windows out_windows, bool on_packs) {
-  constexpr int kPack = kPackOf<T>;
   Tile<acc_t<T>> tile(tiling);
   tile.evaluate(tiling, mask);
-  image = in_windows.see(image, tile.b, frame.repeat);
-  reference = in_windows.see(reference, tile.b, frame.repeat);
-  out = out_windows.see(out, tile.b, frame.repeat);
-  if (on_packs && in_windows.on_packs<kPack>(tile.b, frame.repeat) && out_windows.on_packs<kPack>(tile.b, frame.repeat))
-    blend_tile<kPack>(tile, frame, image, reference, out);
+  const Corner<const T> top(image, tile, in_windows, frame.repeat), below(reference, tile, in_windows, frame.repeat);
+  const Corner<T> result(out, tile, out_windows, frame.repeat);
+  const int repeat = static_cast<int>(frame.repeat);
+  if (on_packs && top.on_packs() && below.on_packs() && result.on_packs())
+    blend_tile<kPackOf<T>>(tile, frame.planes, repeat, top, below, result);
   else
-    blend_tile<1>(tile, frame, image, reference, out);
+    blend_tile<1>(tile, frame.planes, repeat, top, below, result);
 }
 
 // ---------------------------------------------------------------- the gradient of a small mask
 
-// The slopes of the tile, kCount pixels per thread and step, into tile.pixels.
+// The slopes of the tile, kCount pixels per thread and step, into tile.pixels. The channels of a pixel are `plane`
+// apart in each corner.
 template <int kCount, typename T, typename A>
-__device__ void slope_tile(const Tile<A>& tile, const Frame& frame, const Rows<const T>& grad,
-                           const Rows<const T>& image, const Rows<const T>& reference) {
+__device__ void slope_tile(const Tile<A>& tile, int64_t channels, int repeat, const Corner<const T>& grad,
+                           const Corner<const T>& image, const Corner<const T>& reference) {
   const int packs = tile.columns / kCount;
   for (int n = threadIdx.x; n < tile.rows * packs; n += kThreads) {
     const int row = n / packs, x = (n - row * packs) * kCount;
     A slope[kCount];
-    slopes_of<kCount>(frame, grad, image, reference, tile.b, tile.y + row, tile.x + x, slope);
+    slopes_of(channels, grad.at(row, x * repeat), image.at(row, x * repeat), reference.at(row, x * repeat), slope);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) tile.pixels[row * tile.width + x + k] = slope[k];
   }
@@ -364,20 +408,21 @@ __device__ void slope_tile(const Tile<A>& tile, const Frame& frame, const Rows<c
 
 // partial [tiles, cells_y, cells_x] = A_y^T slopes A_x over the pixels of each tile.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFoldBlocks<T>)
     fold_kernel(Tiling tiling, Frame frame, Rows<const T> grad, Rows<const T> image, Rows<const T> reference,
                 Windows windows, bool on_packs, acc_t<T>* partial) {
   using A = acc_t<T>;
-  constexpr int kPack = kPackOf<T>;
   Tile<A> tile(tiling);
   // 1. Weights and slopes.
   tile.weigh(tiling);
-  image = windows.see(image, tile.b, frame.repeat);
-  reference = windows.see(reference, tile.b, frame.repeat);
-  if (on_packs && windows.on_packs<kPack>(tile.b, frame.repeat))
-    slope_tile<kPack>(tile, frame, grad, image, reference);
+  Corner<const T> flow(grad, tile, Windows{}, frame.repeat), top(image, tile, windows, frame.repeat);
+  Corner<const T> below(reference, tile, windows, frame.repeat);
+  const int repeat = static_cast<int>(frame.repeat);
+  if (repeat > 1) flow.plane = top.plane = below.plane = 1;
+  if (on_packs && flow.on_packs() && top.on_packs() && below.on_packs())
+    slope_tile<kPackOf<T>>(tile, frame.planes, repeat, flow, top, below);
   else
-    slope_tile<1>(tile, frame, grad, image, reference);
+    slope_tile<1>(tile, frame.planes * repeat, repeat, flow, top, below);
   __syncthreads();
   // 2. Rows into cells: neighbouring threads take neighbouring columns.
   for (int i = threadIdx.x; i < tile.cells_y * tile.columns; i += kThreads) {
@@ -392,7 +437,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   // 3. Columns into cells: neighbouring threads take neighbouring cells of one column, `pitch` apart.
-  partial += tile.index * tiling.cells();
+  partial += blockIdx.x * tiling.cells();
   for (int i = threadIdx.x; i < tile.cells_y * tile.cells_x; i += kThreads) {
     const int cell_x = i / tile.cells_y, cell_y = i - cell_x * tile.cells_y;
     A sum = 0;
@@ -444,8 +489,8 @@ template <typename T, typename M>
 void gather_slopes(const Tiling& tiling, const Frame& frame, Rows<const T> grad, Rows<const T> image,
                    Rows<const T> reference, Windows windows, Tensor& grad_mask, const Device& device) {
   using A = acc_t<T>;
-  const bool on_packs = frame.repeat == 1 && frame.length % kPackOf<T> == 0 && begins_on_packs(grad) &&
-                        begins_on_packs(image) && begins_on_packs(reference);
+  const bool on_packs = frame.repeat == 1 && frame.length % kPackOf<T> == 0 && steps_by_packs(grad) &&
+                        steps_by_packs(image) && steps_by_packs(reference);
   const ScalarType sums = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
   Tensor partial = torch::stable::new_empty(grad_mask, {frame.B * tiling.tiles(), tiling.cells()}, sums);
   launch(fold_kernel<T>, blocks_for(frame.B * tiling.tiles()), dim3(kThreads), tiling.bytes, device, tiling, frame,
