@@ -871,3 +871,75 @@ def test_jitter_compiles_to_one_graph(device):
     (grad,) = torch.autograd.grad(compiled(mask, offset), mask)
     (expected,) = torch.autograd.grad(step(mask, offset), mask)
     torch.testing.assert_close(grad, expected)
+
+
+# ---------------------------------------------------------------- what CUDA alone has
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide_mask", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("width", [40, 37])  # rows of whole packs, and not
+def test_16_bit_storage(width, layout, wide_mask, dtype, gpu_device):
+    size = (35, width)
+    *inputs, offset = jitter_inputs((5, 6), size, room=(2, 4), dtype=dtype, device=gpu_device)
+    if layout != "contiguous":
+        inputs[:2] = [laid_out(t, layout) for t in inputs[:2]]
+    if wide_mask:
+        inputs[2] = inputs[2].float()
+    weight = rand(2, 3, *size, dtype=dtype, device=gpu_device, seed=7)
+    got = gradients(jittered(jitter_mask, offset, size, 0.6), inputs, weight)
+    wide = [t.double() for t in inputs]
+    expected = gradients(jittered(jitter_mask.reference, offset, size, 0.6), wide, weight.double())
+    assert [t.dtype for t in got] == [dtype] * 3 + [inputs[2].dtype]
+    crops = [t[:, :, : size[0], : size[1]] for t in inputs[:2]]
+    got += gradients(blend, [*crops, inputs[2]], weight)
+    expected += gradients(
+        blend.reference, [t.double() for t in (*crops, inputs[2])], weight.double()
+    )
+    large = upsample_mask(inputs[2], size, 0.6)
+    got += (large,)
+    expected += (upsample_mask.reference(inputs[2].double(), size, 0.6),)
+    for value, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(value.double(), want, rtol=8e-3, atol=2e-3)
+
+
+def test_tiles_shrink_where_sigma_reaches_over_many_cells(gpu_device):
+    """700 weights per pixel of a tile of 32 x 128 do not fit into shared memory."""
+    mask = rand(1, 1, 700, 40, device=gpu_device)
+    weight = rand(1, 1, 9, 33, device=gpu_device)
+    got = gradients(lambda m: upsample_mask(m, (9, 33), 120.0), [mask], weight)
+    expected = gradients(lambda m: upsample_mask.reference(m, (9, 33), 120.0), [mask], weight)
+    assert_near(got, expected, torch.float64)
+
+
+@pytest.mark.parametrize("op", ["blend", "jitter_mask", "upsample_mask"])
+def test_captures_into_a_cuda_graph_without_synchronising(op):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    *inputs, offset = jitter_inputs((7, 7), (56, 56), dtype=torch.float32, device="cuda")
+    mask = inputs[2].requires_grad_()
+
+    def step():
+        if op == "blend":
+            out = blend(inputs[0], inputs[1], mask)
+        elif op == "jitter_mask":
+            out = jitter_mask(*inputs, offset, (56, 56), 0.6)
+        else:
+            out = upsample_mask(mask, (56, 56), 0.6)
+        return out, *torch.autograd.grad(out.square().sum(), mask)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            captured = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)

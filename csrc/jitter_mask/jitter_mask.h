@@ -55,8 +55,7 @@ CASM_FAST_HD inline int64_t first_cell(int64_t v, int64_t cells, int64_t pixels,
   return first < 0 ? 0 : int64_t(first < last ? first : last);
 }
 
-// Writes the weights of pixel v, `stride` apart, in the arithmetic of P. Neighbouring terms of a Gaussian have ratios
-// that form a geometric series, so two exponentials make the row. (No sigma is so small that it makes 0 / 0 here.)
+// Writes the weights of pixel v, `stride` apart, in the arithmetic of P. (No sigma is so small that it makes 0 / 0.)
 template <typename A, typename P>
 CASM_FAST_HD void gaussian_weights(int64_t v, int64_t cells, int64_t pixels, int64_t first, int64_t taps, double sigma,
                                    A* weight, int64_t stride) {
@@ -68,12 +67,11 @@ CASM_FAST_HD void gaussian_weights(int64_t v, int64_t cells, int64_t pixels, int
   const int64_t nearest = (2 * v + 1) * cells / (2 * pixels), centre = nearest - first;
   // The distance of the nearest cell, from integers: exact before the one division.
   const P d = P((2 * nearest + 1) * pixels - (2 * v + 1) * cells) / P(2 * pixels);
-  const P step = std::exp(-2 * inverse);
-  P term = 1, ratio = std::exp(-(1 + 2 * d) * inverse), sum = 1;
-  weight[centre * stride] = 1;
-  for (int64_t k = centre + 1; k < taps; ++k, ratio *= step) sum += weight[k * stride] = A(term *= ratio);
-  term = 1, ratio = std::exp(-(1 - 2 * d) * inverse);
-  for (int64_t k = centre - 1; k >= 0; --k, ratio *= step) sum += weight[k * stride] = A(term *= ratio);
+  P sum = 0;
+  for (int64_t k = 0; k < taps; ++k) {
+    const P away = P(k - centre);  // (d + away)^2 - d^2 = away (away + 2 d)
+    sum += weight[k * stride] = A(std::exp(-away * (away + 2 * d) * inverse));
+  }
 
   const P units = P(int64_t(1) << std::numeric_limits<A>::digits), scale = units / sum;
   P running = 0, before = 0;
