@@ -45,10 +45,7 @@ void collect(Runs& runs, const T* pixels, Keep keep, bool parallel) {
     for (int64_t band = begin; band < end; ++band) runs.scan<kConnectivity>(pixels, band, keep);
   };
   parallel ? parallel_for(0, runs.bands(), 1, scan) : scan(0, runs.bands());
-  if constexpr (kConnectivity != 0) {
-    runs.join_bands<kConnectivity>(pixels, keep);
-    runs.flatten();
-  }
+  if constexpr (kConnectivity != 0) runs.join_bands<kConnectivity>(pixels, keep);
 }
 
 // Calls `image(runs, b, parallel)` for every image of a batch: images in parallel, or the bands of each.
@@ -90,7 +87,7 @@ std::tuple<Tensor, Tensor> mask_boxes(const Tensor& mask_in, std::optional<Tenso
       if (largest) {
         for_connectivity(connectivity,
                          [&]<int kConnectivity>() { collect<kConnectivity>(runs, image, keep, parallel); });
-        runs.measure(runs.sum_areas(), box + 4 * b, areas + b);
+        runs.measure(runs.find_largest(), box + 4 * b, areas + b);
       } else {
         collect<0>(runs, image, keep, parallel);
         runs.measure_all(box + 4 * b, areas + b);
@@ -108,6 +105,7 @@ void label(const Tensor& binary, int64_t connectivity, int32_t* labels) {  // bi
     for_connectivity(connectivity, [&]<int kConnectivity>() {
       collect<kConnectivity>(runs, pixels + b * n, NonZero<T>{}, parallel);
     });
+    runs.flatten();
     const auto paint = [&](int64_t begin, int64_t end) {
       for (int64_t band = begin; band < end; ++band) runs.paint(band, labels + b * n);
     };

@@ -52,7 +52,7 @@ class Runs {
         slots_(per_row_ * height + kSlack * ceil_div(height, band_rows)),
         edges_(new int32_t[2 * slots_]),
         parent_(new int32_t[slots_]),
-        area_(new int32_t[slots_]),
+        area_(new int32_t[kWays * slots_]),
         rows_(new RunRange[height]) {}
 
   int64_t bands() const { return ceil_div(height_, band_rows_); }
@@ -68,9 +68,9 @@ class Runs {
   // Once all is joined: points every run at its root.
   void flatten();
 
-  // Once flat: sums the lengths of the runs of every component on its root. Returns the root of the largest (the first
-  // in raster order among equals), or -1 when there are no runs.
-  int32_t sum_areas();
+  // The same, and sums the lengths of the runs of every component on its root. Returns the root of the largest (the
+  // first in raster order among equals), or -1 when there are no runs.
+  int32_t find_largest();
 
   // Box (x0, y0, x1, y1) and area of the component of `root`, or of all runs.
   void measure(int32_t root, int32_t* box, int32_t* area) const;
@@ -81,18 +81,28 @@ class Runs {
 
  private:
   static constexpr int kSlack = 16;  // behind each band, because decoding writes whole vectors
+  // Areas are summed in as many places, in turn: one sum would make every run of a large component wait for the last.
+  static constexpr int kWays = 2;
 
   int64_t band_end(int64_t band) const { return std::min((band + 1) * band_rows_, height_); }
+  int32_t first_slot(int64_t band) const { return int32_t(band * (band_rows_ * per_row_ + kSlack)); }
+  int32_t area_of(int32_t run) const {
+    int32_t sum = 0;
+    for (int way = 0; way < kWays; ++way) sum += area_[int64_t(run) * kWays + way];
+    return sum;
+  }
+  RunRange runs_of(int64_t band) const { return {first_slot(band), rows_[band_end(band) - 1].end}; }
 
   template <typename T, typename Keep>
   RunRange read_row(const T* row, int64_t y, int32_t run, Keep keep, RowBits out);
-  template <int kConnectivity>
+  // kFresh: the runs of the lower row are joined to nothing yet.
+  template <int kConnectivity, bool kFresh>
   void join_rows(const RowBits& upper, const RowBits& lower);
   int32_t find(int32_t run);
   void unite(int32_t a, int32_t b);
 
   int64_t height_, width_, band_rows_, words_, per_row_, slots_;
-  std::unique_ptr<int32_t[]> edges_, parent_, area_;  // [2 * runs], [runs], [runs]
+  std::unique_ptr<int32_t[]> edges_, parent_, area_;  // [runs, 2], [runs], [runs, kWays]
   std::unique_ptr<RunRange[]> rows_;                  // [H]
 };
 
@@ -144,7 +154,9 @@ RunRange Runs::read_row(const T* row, int64_t y, int32_t run, Keep keep, RowBits
   }
   if (carry) *edge = int32_t((y + 1) * width_);  // a run that ends with the row, the row with a word
   for (int32_t i = first_run; i < run; ++i) parent_[i] = i;
-  return rows_[y] = {first_run, run};
+  const RunRange runs = {first_run, run};
+  rows_[y] = runs;
+  return runs;
 }
 
 inline int32_t Runs::find(int32_t run) {
@@ -163,19 +175,31 @@ inline void Runs::unite(int32_t a, int32_t b) {
   parent_[std::max(root_a, root_b)] = std::min(root_a, root_b);
 }
 
-template <int kConnectivity>
+template <int kConnectivity, bool kFresh>
 void Runs::join_rows(const RowBits& upper, const RowBits& lower) {
+  int32_t* const parent = parent_.get();
   uint64_t carry = 0;
   for (int64_t j = 0; j < words_; ++j) {
     const uint64_t up = upper.bits[j], low = lower.bits[j], both = up & low;
     uint64_t contacts = both & ~(both << 1 | carry);
     carry = both >> 63;
     if constexpr (kConnectivity == 8) contacts |= upper.edges[j] & lower.edges[j] & (up ^ low);
+    if (!contacts) continue;
     const uint64_t up_starts = upper.edges[j] & up, low_starts = lower.edges[j] & low;
-    for (; contacts; contacts &= contacts - 1) {
-      const uint64_t upto = contacts ^ (contacts - 1);  // the bits up to the lowest contact, included
-      unite(upper.first[j] + std::popcount(up_starts & upto) - 1,
-            lower.first[j] + std::popcount(low_starts & upto) - 1);
+    const int32_t up_first = upper.first[j] - 1, low_first = lower.first[j] - 1;
+
+    // A fresh run's first contact needs no union: the run takes its neighbour's parent. Adding 1
+    // at the starts carries through each run up to its first contact (or through a run without one to the gap behind
+    // it).
+    const uint64_t inside = contacts & low, open = low & ~inside;
+    const uint64_t fresh = !kFresh ? 0 : inside & ((open + (low_starts & ~inside)) | low_starts);
+    for (uint64_t rest = fresh; rest; rest &= rest - 1) {
+      const uint64_t upto = rest ^ (rest - 1);  // the bits up to the lowest, included
+      parent[low_first + std::popcount(low_starts & upto)] = parent[up_first + std::popcount(up_starts & upto)];
+    }
+    for (uint64_t rest = contacts & ~fresh; rest; rest &= rest - 1) {
+      const uint64_t upto = rest ^ (rest - 1);
+      unite(up_first + std::popcount(up_starts & upto), low_first + std::popcount(low_starts & upto));
     }
   }
 }
@@ -183,14 +207,14 @@ void Runs::join_rows(const RowBits& upper, const RowBits& lower) {
 template <int kConnectivity, typename T, typename Keep>
 void Runs::scan(const T* pixels, int64_t band, Keep keep) {
   RowPair rows(words_);
-  int32_t run = int32_t(band * (band_rows_ * per_row_ + kSlack));
+  int32_t run = first_slot(band);
   bool above = false;
   for (int64_t y = band * band_rows_; y < band_end(band); ++y) {
     const RunRange runs = read_row(pixels + y * width_, y, run, keep, rows.lower);
     run = runs.end;
     const bool here = runs.begin != runs.end;
     if constexpr (kConnectivity != 0) {
-      if (above && here) join_rows<kConnectivity>(rows.upper, rows.lower);
+      if (above && here) join_rows<kConnectivity, true>(rows.upper, rows.lower);
     }
     above = here;
     std::swap(rows.upper, rows.lower);
@@ -216,31 +240,39 @@ void Runs::join_bands(const T* pixels, Keep keep) {
   for (int64_t y = band_rows_; y < height_; y += band_rows_) {
     read_again(y - 1, rows.upper);
     read_again(y, rows.lower);
-    join_rows<kConnectivity>(rows.upper, rows.lower);
+    join_rows<kConnectivity, false>(rows.upper, rows.lower);
   }
 }
 
 inline void Runs::flatten() {
   int32_t* const parent = parent_.get();
-  for (int64_t y = 0; y < height_; ++y)
-    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) parent[i] = parent[parent[i]];
+  for (int64_t band = 0; band < bands(); ++band) {
+    const RunRange runs = runs_of(band);
+    for (int32_t i = runs.begin; i < runs.end; ++i) parent[i] = parent[parent[i]];
+  }
 }
 
-inline int32_t Runs::sum_areas() {
-  for (int64_t y = 0; y < height_; ++y) {
-    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) {
-      area_[i] = 0;  // a root comes before every other run of its component
-      area_[parent_[i]] += edges_[2 * int64_t(i) + 1] - edges_[2 * int64_t(i)];
+inline int32_t Runs::find_largest() {
+  int32_t* const parent = parent_.get();
+  int32_t* const area = area_.get();
+  const int32_t* const edges = edges_.get();
+  int32_t largest = -1, most = 0;
+  for (int64_t band = 0; band < bands(); ++band) {
+    const RunRange runs = runs_of(band);
+    for (int32_t i = runs.begin; i < runs.end; ++i) {
+      const int32_t root = parent[parent[i]];
+      parent[i] = root;
+      std::fill_n(area + int64_t(i) * kWays, kWays, 0);  // a root comes before every other run of its component
+      area[int64_t(root) * kWays + i % kWays] += edges[2 * int64_t(i) + 1] - edges[2 * int64_t(i)];
     }
   }
-  int32_t largest = -1, most = 0;
-  for (int64_t y = 0; y < height_; ++y) {
-    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) {
-      if (area_[i] > most) {
-        most = area_[i];
-        largest = i;
-      }
-    }
+  for (int64_t band = 0; band < bands(); ++band) {
+    const RunRange runs = runs_of(band);
+    int32_t highest = 0;
+    for (int32_t i = runs.begin; i < runs.end; ++i) highest = std::max(highest, area_of(i));
+    if (highest <= most) continue;
+    most = highest;
+    for (largest = runs.begin; area_of(largest) != highest;) ++largest;
   }
   return largest;
 }
@@ -256,19 +288,17 @@ inline void Runs::measure(int32_t root, int32_t* box, int32_t* area) const {
   box[1] = int32_t(y);
   for (; y < height_; ++y) {
     const int32_t origin = int32_t(y * width_);
-    bool present = false;
-    for (int32_t i = rows_[y].begin; i < rows_[y].end; ++i) {
-      const bool mine = parent_[i] == root;
-      x0 = std::min(x0, mine ? edges_[2 * int64_t(i)] - origin : x0);
-      x1 = std::max(x1, mine ? edges_[2 * int64_t(i) + 1] - origin : x1);
-      present |= mine;
-    }
-    if (!present) break;  // a component skips no row
+    int32_t first = rows_[y].begin, last = rows_[y].end - 1;
+    while (first <= last && parent_[first] != root) ++first;
+    if (first > last) break;  // a component skips no row
+    while (parent_[last] != root) --last;
+    x0 = std::min(x0, edges_[2 * int64_t(first)] - origin);
+    x1 = std::max(x1, edges_[2 * int64_t(last) + 1] - origin);
   }
   box[0] = x0;
   box[2] = x1;
   box[3] = int32_t(y);
-  *area = area_[root];
+  *area = area_of(root);
 }
 
 inline void Runs::measure_all(int32_t* box, int32_t* area) const {
