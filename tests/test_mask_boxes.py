@@ -425,7 +425,7 @@ GOOD = torch.zeros(2, 1, 4, 4)
         (
             (torch.zeros(1).expand(1, 1, 2**16, 2**15),),
             ValueError,
-            "mask_boxes: expected images of `mask` with fewer than 2^31 pixels in fewer than 2^26 "
+            "mask_boxes: expected images of `mask` with fewer than 2^30 pixels in fewer than 2^25 "
             "words of 64 of a row, got [1, 1, 65536, 32768]",
         ),
         (

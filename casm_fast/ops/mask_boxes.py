@@ -32,9 +32,9 @@ from casm_fast.ops.registry import specified_by
 RULES = ("mean", "area", "value", "energy")
 COMPONENTS = ("largest", "all")
 
-_LANES = 1024
-_BLOCK = 64 * _LANES
-_NOWHERE = 2**31  # above every label
+_WARPS, _LANES = 16, 64  # of a block of threads, two lanes each
+_BLOCK = 64 * _WARPS * _LANES
+_NOWHERE = 2**30  # above every label
 
 
 def _fixed_order_sum(pixels: Tensor) -> float:
@@ -42,13 +42,17 @@ def _fixed_order_sum(pixels: Tensor) -> float:
     total = 0.0
     numbers = pixels.double().nan_to_num(0.0, math.inf, -math.inf)
     for block in torch.split(numbers, _BLOCK):
-        padded = torch.nn.functional.pad(block, (0, -len(block) % _LANES))
-        lanes = torch.zeros(_LANES, dtype=torch.float64, device=pixels.device)
-        for row in padded.view(-1, _LANES):
+        padded = torch.nn.functional.pad(block, (0, -len(block) % (_WARPS * _LANES)))
+        lanes = padded.new_zeros(_WARPS, _LANES)
+        for row in padded.view(-1, _WARPS, _LANES):
             lanes = lanes + row
-        while len(lanes) > 1:
-            lanes = lanes[0::2] + lanes[1::2]
-        total += lanes.item()
+        lanes = lanes[:, 0::2] + lanes[:, 1::2]
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+        part = 0.0
+        for warp in lanes[:, 0].tolist():
+            part += warp
+        total += part
     return total
 
 
@@ -155,9 +159,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_size(op: str, name: str, tensor: Tensor) -> None:
     H, W = tensor.shape[2:]
-    if H * W >= 2**31 or H * -(-W // 64) >= 2**26:
+    if H * W >= 2**30 or H * -(-W // 64) >= 2**25:
         raise ValueError(
-            f"{op}: expected images of `{name}` with fewer than 2^31 pixels in fewer than 2^26 "
+            f"{op}: expected images of `{name}` with fewer than 2^30 pixels in fewer than 2^25 "
             f"words of 64 of a row, got {shape_of(tensor)}"
         )
 

@@ -13,11 +13,10 @@ namespace casm_fast {
 // The sum of one block, in the order that mask_boxes.h fixes.
 template <bool kSkipNaN, typename T>
 double sum_block(const T* pixels, int64_t n) {  // n <= kSumBlock
-  alignas(64) double lanes[kSumLanes], halves[kSumLanes / 2];
+  alignas(64) double lanes[kSumLanes];
   const auto value = [](T pixel) { return kSkipNaN && pixel != pixel ? 0.0 : double(pixel); };
-  // Lanes that no pixel reaches are zero and change no sum: only the next power of two takes part.
-  int64_t width = 1;
-  while (width < n && width < kSumLanes) width *= 2;
+  // Lanes that no pixel reaches are zero and change no sum: only warps with pixels take part.
+  const int64_t warps = std::min<int64_t>(ceil_div(n, 64), kSumThreads / 32), width = 64 * warps;
   const int64_t filled = std::min(n, width);
   for (int64_t l = 0; l < filled; ++l) lanes[l] = value(pixels[l]);
   for (int64_t l = filled; l < width; ++l) lanes[l] = 0;
@@ -33,15 +32,15 @@ double sum_block(const T* pixels, int64_t n) {  // n <= kSumBlock
     const int64_t rest = std::min<int64_t>(kSumLanes, n - i);
     for (int64_t l = 0; l < rest; ++l) lanes[l] += value(pixels[i + l]);
   }
-  double* from = lanes;
-  double* to = halves;
-  for (width /= 2; width >= 1; width /= 2) {
-    const double* __restrict source = from;
-    double* __restrict target = to;
-    for (int64_t l = 0; l < width; ++l) target[l] = source[2 * l] + source[2 * l + 1];
-    std::swap(from, to);
+  double sum = 0;
+  for (int64_t w = 0; w < warps; ++w) {
+    double threads[32];
+    for (int t = 0; t < 32; ++t) threads[t] = lanes[64 * w + 2 * t] + lanes[64 * w + 2 * t + 1];
+    for (int distance = 16; distance > 0; distance /= 2)
+      for (int t = 0; t < distance; ++t) threads[t] += threads[t + distance];
+    sum += threads[0];
   }
-  return from[0];
+  return sum;
 }
 
 template <typename T>

@@ -4,8 +4,9 @@
 // Both devices must cut at the same level, to the last bit. So every floating-point result here has one definition:
 //
 //   sum     The pixels of an image, in raster order, are cut into blocks of kSumBlock; NaN counts as zero. In a block,
-//           pixel i is added to lane i % kSumLanes, in rising order of i. The lanes are added by neighbouring pairs,
-//           0 + 1, 2 + 3, ..., until one is left. The sums of the blocks are added in rising order. All in double.
+//           pixel i is added to lane i % kSumLanes, in rising order of i. Lanes 2 t and 2 t + 1 are added to give
+//           thread t; 32 threads are added by halves (t and t + 16, then + 8, ... + 1), their sums in rising order, and
+//           the sums of the blocks in rising order too. All in double.
 //   mass    Rule "energy" counts in whole numbers (Mass, below), whose sums do not depend on an order.
 //   product() rounds before anything is added, because a compiler may fuse a multiplication and an addition on one
 //           device and not on the other.
@@ -22,7 +23,8 @@
 
 namespace casm_fast {
 
-constexpr int kSumLanes = 1024;                // 512 CUDA threads hold two each; 8 KB of doubles stay in the L1 cache
+constexpr int kSumThreads = 512;               // of a CUDA block
+constexpr int kSumLanes = 2 * kSumThreads;     // 8 KB of doubles, which stay in the L1 cache of a CPU
 constexpr int64_t kSumBlock = 64 * kSumLanes;  // 256x256: one block up to there, and tasks enough beyond
 
 enum class Rule { level, mean, area, value, energy };
@@ -43,10 +45,10 @@ inline bool is_largest(const std::string& component) {
 inline void check_binary(const Tensor& binary, int64_t connectivity) {
   STD_TORCH_CHECK(binary.dim() == 4 && binary.size(1) == 1, "expected [B, 1, H, W]");
   STD_TORCH_CHECK(binary.size(2) > 0 && binary.size(3) > 0, "expected pixels");
-  // Pixels are numbered in int32, and so are the slots of the kernels: half as many as pixels, in whole words of 64.
+  // CUDA adds the number of a slot (16 for every 32 pixels of a row) and an area in one int32.
   const int64_t words = binary.size(2) * ceil_div(binary.size(3), 64);
-  STD_TORCH_CHECK(binary.size(2) * binary.size(3) < (int64_t(1) << 31) && words < (int64_t(1) << 26),
-                  "an image must have fewer than 2^31 pixels in fewer than 2^26 words of 64");
+  STD_TORCH_CHECK(binary.size(2) * binary.size(3) < (int64_t(1) << 30) && words < (int64_t(1) << 25),
+                  "an image must have fewer than 2^30 pixels in fewer than 2^25 words of 64");
   STD_TORCH_CHECK(connectivity == 4 || connectivity == 8, "connectivity must be 4 or 8");
 }
 
