@@ -149,6 +149,25 @@ def test_equals_reference_for_16_bits(rule, gpu_device):
         assert same(mask_boxes(mask, rule=rule), mask_boxes.reference(mask.cpu(), rule=rule))
 
 
+@pytest.mark.parametrize("shape", [(4000, 1), (1950, 40)])
+def test_images_beyond_shared_memory_equal_reference(shape, gpu_device):
+    """The kernels that keep bits and slots in global memory; tall images have most words."""
+    names = ["spiral", "comb_sideways", "diagonals", "noise_593"]
+    binary = np.stack([ADVERSARIAL[name](*shape) for name in names])
+    labels = connected_components(batch(binary, gpu_device, torch.uint8), 8)
+    for name, image, ours in zip(names, binary, labels[:, 0].cpu(), strict=True):
+        np.testing.assert_array_equal(ours, scipy_labels(image, 8), err_msg=name)
+    boxes, area = mask_boxes(batch(binary, gpu_device), connectivity=4)
+    for name, image, box, size in zip(names, binary, boxes, area, strict=True):
+        assert (box.tolist(), size.item()) == cv2_box(image, 4), name
+    mask = masks(shape, batch=2, device=gpu_device)
+    for rule in RULES:
+        for component in ("largest", "all"):
+            ours = mask_boxes(mask, rule=rule, component=component)
+            on_cpu = mask_boxes.reference(mask.cpu(), rule=rule, component=component)
+            assert same(ours, on_cpu)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_reference_beyond_one_block_of_the_sum(rule, device):
     mask = masks((300, 230), batch=1, device=device)
