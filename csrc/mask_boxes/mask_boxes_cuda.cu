@@ -84,7 +84,7 @@ __device__ Statistics sum_block(const scalar_t* __restrict__ pixels, int64_t n) 
   using T = acc_t<scalar_t>;
   Gathered<T> mine;
   const int chunks = int(n / kSumLanes), lane = 2 * threadIdx.x;
-#pragma unroll 4
+#pragma unroll 8
   for (int c = 0; c < chunks; ++c) {
     const scalar_t* pair = pixels + c * kSumLanes + lane;
     if constexpr (kAligned) {
