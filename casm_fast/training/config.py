@@ -313,8 +313,8 @@ class TrainConfig:
     CPUs)."""
 
     workers: int = 0
-    """Processes that decode images; 0 decodes in the main process. The images do not depend on
-    it."""
+    """Threads that decode images beside the training; 0 decodes in between. The images do not
+    depend on it."""
 
     strict: bool = False
     """Stop at an image that cannot be read, instead of skipping and naming it."""
