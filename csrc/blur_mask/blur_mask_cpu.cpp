@@ -17,7 +17,12 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "blur_mask/blur_mask.h"
 #include "common/dispatch.h"
@@ -43,12 +48,12 @@ constexpr int kLanes = kVectorBytes / sizeof(T);
 template <typename T>
 constexpr int kStrip = kStripBytes / sizeof(T);
 
-template <typename T>
+template <typename T, int kBytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef T type __attribute__((vector_size(kBytes), may_alias));
 };
-template <typename T>
-using Vector = typename VectorOf<T>::type;
+template <typename T, int kBytes = kVectorBytes>
+using Vector = typename VectorOf<T, kBytes>::type;
 
 // Memory of one task, aligned to cache lines.
 template <typename T>
@@ -129,11 +134,16 @@ struct Axis {
 template <typename T>
 void fill_margins(const Axis<T>& axis, T* strip) {  // strip [input_rows, kStrip]
   T* first = strip + axis.margin * kStrip<T>;
-  const auto copy = [&](int64_t row) {
-    std::memcpy(first + row * kStrip<T>, first + mirror(row, axis.n) * kStrip<T>, kStripBytes);
+  const auto fill = [&](int64_t from, int64_t count, int64_t step) {  // rows from + step, from + 2 step, ...
+    int64_t source = from, back = axis.n > 1 ? -step : 0;
+    for (int64_t i = 1; i <= count; ++i) {
+      source += back;
+      if (source == 0 || source == axis.n - 1) back = -back;
+      std::memcpy(first + (from + i * step) * kStrip<T>, first + source * kStrip<T>, kStripBytes);
+    }
   };
-  for (int64_t row = -axis.margin; row < 0; ++row) copy(row);
-  for (int64_t row = axis.n; row < axis.input_rows() - axis.margin; ++row) copy(row);
+  fill(0, axis.margin, -1);
+  fill(axis.n - 1, axis.input_rows() - axis.margin - axis.n, 1);
 }
 
 // ---------------------------------------------------------------- the kernel
@@ -178,47 +188,75 @@ void fold_block(const T* hi, const T* lo, int64_t depth, const T* weights, T* hi
 // ---------------------------------------------------------------- transposing
 
 template <typename V, int... I>
-inline V pick(const V& a, const V& b, std::integer_sequence<int, I...>) {
+inline auto pick(const V& a, const V& b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, I...);
 #else
-  V out;
-  constexpr int kIndices[] = {I...};
-  constexpr int n = sizeof...(I);
-  for (int i = 0; i < n; ++i) out[i] = kIndices[i] < n ? a[kIndices[i]] : b[kIndices[i] - n];
+  typedef std::remove_cvref_t<decltype(a[0])> T;
+  Vector<T, sizeof...(I) * sizeof(T)> out;
+  constexpr int kIndices[] = {I...}, n = sizeof(V) / sizeof(T);
+  for (int i = 0; i < int(sizeof...(I)); ++i) out[i] = kIndices[i] < n ? a[kIndices[i]] : b[kIndices[i] - n];
   return out;
 #endif
 }
 
-// Lanes of a and b whose indices differ in bit S change places across the pair.
-template <int S, typename V, int... I>
-inline void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
-  constexpr int n = sizeof...(I);
-  const V low = pick(a, b, std::integer_sequence<int, (I & S ? n + (I ^ S) : I)...>());
-  b = pick(a, b, std::integer_sequence<int, (I & S ? n + I : I ^ S)...>());
-  a = low;
+// The two halves one after the other. GCC makes a shuffle of this, which competes with the arithmetic for a port.
+template <typename V>
+inline auto join(const V& a, const V& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 32)
+    return reinterpret_cast<Vector<std::remove_cvref_t<decltype(a[0])>, 64>>(
+        _mm512_maskz_insertf64x4(0xff, _mm512_castpd256_pd512(__m256d(a)), __m256d(b), 1));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 16)
+    return reinterpret_cast<Vector<std::remove_cvref_t<decltype(a[0])>, 32>>(
+        _mm256_insertf128_pd(_mm256_castpd128_pd256(__m128d(a)), __m128d(b), 1));
+#endif
+  return pick(a, b, std::make_integer_sequence<int, 2 * sizeof(V) / sizeof(a[0])>());
 }
 
-template <int S, typename V, int kCount>
-inline void exchange_all(V (&rows)[kCount]) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i)
-      if (!(i & S)) exchange<S>(rows[i], rows[i | S], std::make_integer_sequence<int, kCount>());
-    exchange_all<S / 2>(rows);
-  }
+// 16 bytes from column x of each of kBytes / 16 rows: rows[0], rows[u], rows[2 u], ... for u lanes in 16 bytes.
+template <typename T, int kBytes>
+inline Vector<T, kBytes> stack_units(const T* const* rows, int64_t x) {
+  Vector<T, kBytes> stack;
+  if constexpr (kBytes == 16)
+    std::memcpy(&stack, rows[0] + x, 16);
+  else
+    stack = join(stack_units<T, kBytes / 2>(rows, x), stack_units<T, kBytes / 2>(rows + kBytes / 2 / sizeof(T), x));
+  return stack;
 }
 
-// out[x][y] = in[y][x] of one square of kLanes x kLanes.
+// Lanes of a and b in turn, from the lower or the upper half of each 16 bytes.
+template <bool kUpper, typename V, int... I>
+inline V riffle(const V& a, const V& b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), unit = n * 16 / sizeof(V);
+  return pick(a, b, std::integer_sequence<int, (I / unit * unit + I % unit / 2 + kUpper * unit / 2 + I % 2 * n)...>());
+}
+
+// out[x][y] = rows[y][x0 + x] of one square of kLanes x kLanes. Squares of one 16-byte unit are turned inside registers
+// that hold a unit of each of several rows.
 template <typename T>
-inline void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-  constexpr int n = kLanes<T>;
-  Vector<T> rows[n];
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) std::memcpy(&rows[i], in + i * in_stride, sizeof rows[i]);
-  exchange_all<n / 2>(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) std::memcpy(out + i * out_stride, &rows[i], sizeof rows[i]);
+inline void transpose_square(const T* const* rows, int64_t x0, T* out, int64_t out_stride) {
+  constexpr int n = kLanes<T>, unit = 16 / sizeof(T);
+  constexpr auto kOrder = std::make_integer_sequence<int, n>();
+#pragma GCC unroll 1
+  for (int x = 0; x < n; x += unit) {
+    Vector<T> square[unit];
+#pragma GCC unroll 4
+    for (int i = 0; i < unit; ++i) square[i] = stack_units<T, kVectorBytes>(rows + i, x0 + x);
+    for (int step = 1; step < unit; step *= 2) {
+      Vector<T> next[unit];
+#pragma GCC unroll 4
+      for (int i = 0; i < unit / 2; ++i) {
+        next[2 * i] = riffle<false>(square[i], square[i + unit / 2], kOrder);
+        next[2 * i + 1] = riffle<true>(square[i], square[i + unit / 2], kOrder);
+      }
+      std::copy_n(next, unit, square);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < unit; ++i) std::memcpy(out + (x + i) * out_stride, &square[i], sizeof square[i]);
+  }
 }
 
 // ---------------------------------------------------------------- one plane
@@ -238,64 +276,68 @@ struct Passes {
   // What one task needs besides `columns`: staged rows, a strip with margins, and a strip of results that blocks may
   // overhang by kFold rows on either side.
   int64_t staged_size() const { return kLanes<T> * strips * kStrip<T>; }
-  int64_t input_size() const { return (std::max(across.input_rows(), strips * kStrip<T>) + across.margin) * kStrip<T>; }
+  int64_t input_size() const { return std::max(across.input_rows(), strips * kStrip<T>) * kStrip<T>; }
   int64_t result_size() const {
     return (std::max(strips * kStrip<T>, 2 * kFold * across.blocks) + 2 * kFold) * kStrip<T>;
   }
   int64_t task_size() const { return staged_size() + input_size() + result_size(); }
 
-  // 1. Rows [group * kStrip, ...) from stage(y, row) into the strips of columns, blurred across.
-  template <typename Stage>
-  void blur_across(int64_t group, const Stage& stage, T* columns, T* task) const {
-    const int64_t H = down.n, W = across.n, width = strips * kStrip<T>, first = group * kStrip<T>;
+  // 1. Rows [group * kStrip, ...) of the plane into the strips of columns, blurred across.
+  template <typename Plane>
+  void blur_across(int64_t group, const Plane& plane, T* columns, T* task) const {
+    constexpr int64_t n = kLanes<T>;
+    const int64_t H = down.n, W = across.n, first = group * kStrip<T>;
     T *staged = task, *input = staged + staged_size(), *result = input + input_size() + kFold * kStrip<T>;
-    for (int64_t part = 0; part < kStrip<T>; part += kLanes<T>) {
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        T* row = staged + i * width;
-        stage(std::min(first + part + i, H - 1), row);  // rows below the image repeat the last one and are dropped
-        for (int64_t x = W; x < width; ++x) row[x] = T(0);
-      }
-      for (int64_t x = 0; x < width; x += kLanes<T>)
-        transpose_square(staged + x, width, input + (across.margin + x) * kStrip<T> + part, kStrip<T>);
+    T* origin = input + across.margin * kStrip<T>;
+    const T* rows[kStrip<T>];
+    for (int64_t part = 0; part < kStrip<T>; part += n) {
+      for (int64_t i = 0; i < n; ++i)  // rows below the image repeat the last one, and their results are dropped
+        rows[i] = plane.stage(std::min(first + part + i, H - 1), staged + i * strips * kStrip<T>);
+      int64_t x = 0;
+      for (; x + n <= W; x += n) transpose_square(rows, x, origin + x * kStrip<T> + part, kStrip<T>);
+      for (; x < W; ++x)
+        for (int64_t i = 0; i < n; ++i) origin[x * kStrip<T> + part + i] = rows[i][x];
     }
     fill_margins(across, input);
-    const T* origin = input + across.margin * kStrip<T>;
     for (int64_t b = 0; b < across.blocks; ++b) {
       const Block<T> at = across.block(b);
       fold_block(origin + at.in_hi * kStrip<T>, origin + at.in_lo * kStrip<T>, across.depth, at.weights,
                  result + at.out_hi * kStrip<T>, result + at.out_lo * kStrip<T>);
     }
-    const int64_t rows = std::min<int64_t>(kStrip<T>, H - first);
+    const int64_t height = std::min<int64_t>(kStrip<T>, H - first);
     for (int64_t s = 0; s < strips; ++s) {
       T* strip = columns + s * strip_size() + (down.margin + first) * kStrip<T>;
-      for (int64_t part = 0; part < rows; part += kLanes<T>)
-        for (int64_t x = 0; x < kStrip<T>; x += kLanes<T>)
-          if (part + kLanes<T> <= rows) {
-            transpose_square(result + (s * kStrip<T> + x) * kStrip<T> + part, kStrip<T>, strip + part * kStrip<T> + x,
-                             kStrip<T>);
-          } else {
-            for (int64_t y = part; y < rows; ++y)
-              for (int64_t i = x; i < x + kLanes<T>; ++i)
-                strip[y * kStrip<T> + i] = result[(s * kStrip<T> + i) * kStrip<T> + y];
-          }
+      for (int64_t i = 0; i < kStrip<T>; ++i) rows[i] = result + (s * kStrip<T> + i) * kStrip<T>;
+      int64_t y = 0;
+      for (; y + n <= height; y += n)
+        for (int64_t x = 0; x < kStrip<T>; x += n) transpose_square(rows + x, y, strip + y * kStrip<T> + x, kStrip<T>);
+      for (; y < height; ++y)
+        for (int64_t x = 0; x < kStrip<T>; ++x) strip[y * kStrip<T> + x] = rows[x][y];
     }
   }
 
-  // 2. Strip s of the columns, blurred down, into finish(y, x, count, pixels).
-  template <typename Finish>
-  void blur_down(int64_t s, T* columns, const Finish& finish) const {
+  // 2. Strip s of the columns, blurred down, into the plane.
+  template <typename Plane>
+  void blur_down(int64_t s, T* columns, const Plane& plane) const {
     T* strip = columns + s * strip_size();
     fill_margins(down, strip);
     const T* origin = strip + down.margin * kStrip<T>;
     const int64_t x = s * kStrip<T>, count = std::min<int64_t>(kStrip<T>, across.n - x);
     alignas(64) T tile[2 * kFold * kStrip<T>];
     T *upper = tile + kFold * kStrip<T>, *lower = upper - kStrip<T>;
+    const auto finish = [&](int64_t y, const T* pixels) {
+      if (y < 0 || y >= down.n) return;
+      if (count == kStrip<T>)
+        plane.finish(y, x, std::integral_constant<int64_t, kStrip<T>>(), pixels);
+      else
+        plane.finish(y, x, count, pixels);
+    };
     for (int64_t b = 0; b < down.blocks; ++b) {
       const Block<T> at = down.block(b);
       fold_block(origin + at.in_hi * kStrip<T>, origin + at.in_lo * kStrip<T>, down.depth, at.weights, upper, lower);
       for (int64_t j = 0; j < kFold; ++j) {
-        if (at.out_hi + j < down.n) finish(at.out_hi + j, x, count, upper + j * kStrip<T>);
-        if (at.out_lo - j >= 0 && at.out_lo - j < down.n) finish(at.out_lo - j, x, count, lower - j * kStrip<T>);
+        finish(at.out_hi + j, upper + j * kStrip<T>);
+        finish(at.out_lo - j, lower - j * kStrip<T>);
       }
     }
   }
@@ -303,19 +345,19 @@ struct Passes {
 
 // ---------------------------------------------------------------- all planes
 
-// Blurs `planes` planes of [H, W]: stage(plane, y, row) gives row y, finish(plane, y, x, count, pixels) takes pieces of
-// the blurred rows, each pixel once.
-template <typename T, typename Stage, typename Finish>
-void blur_planes(int64_t planes, int64_t H, int64_t W, double sigma, double truncate, const Stage& stage,
-                 const Finish& finish) {
+// Blurs `planes` planes of [H, W]. What plane_of(p) returns has
+//   const T* stage(y, row)              row y of what is to be blurred: written to `row`, or where it lies;
+//   void finish(y, x, count, pixels)    takes a piece of the blurred row y, which starts at x.
+template <typename T, typename PlaneOf>
+void blur_planes(int64_t planes, int64_t H, int64_t W, double sigma, double truncate, const PlaneOf& plane_of) {
   const int64_t radius = blur_radius(sigma, truncate);
   if (planes == 0) return;
   if (radius == 0) {  // the identity, exactly
     torch::stable::parallel_for(0, planes * H, ceil_div(1 << 14, W), [&](int64_t begin, int64_t end) {
       std::vector<T> row(W);
       for (int64_t i = begin; i < end; ++i) {
-        stage(i / H, i % H, row.data());
-        finish(i / H, i % H, 0, W, row.data());
+        const auto plane = plane_of(i / H);
+        plane.finish(i % H, 0, W, plane.stage(i % H, row.data()));
       }
     });
     return;
@@ -327,10 +369,9 @@ void blur_planes(int64_t planes, int64_t H, int64_t W, double sigma, double trun
     torch::stable::parallel_for(0, planes, ceil_div(1 << 12, H * W), [&](int64_t begin, int64_t end) {
       const Scratch<T> columns(passes.columns_size()), task(passes.task_size());
       for (int64_t p = begin; p < end; ++p) {
-        const auto stage_row = [&](int64_t y, T* row) { stage(p, y, row); };
-        const auto finish_row = [&](int64_t y, int64_t x, int64_t n, const T* pixels) { finish(p, y, x, n, pixels); };
-        for (int64_t g = 0; g < passes.groups; ++g) passes.blur_across(g, stage_row, columns.get(), task.get());
-        for (int64_t s = 0; s < passes.strips; ++s) passes.blur_down(s, columns.get(), finish_row);
+        const auto plane = plane_of(p);
+        for (int64_t g = 0; g < passes.groups; ++g) passes.blur_across(g, plane, columns.get(), task.get());
+        for (int64_t s = 0; s < passes.strips; ++s) passes.blur_down(s, columns.get(), plane);
       }
     });
     return;
@@ -341,133 +382,154 @@ void blur_planes(int64_t planes, int64_t H, int64_t W, double sigma, double trun
     const Scratch<T> task(passes.task_size());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i / passes.groups;
-      const auto stage_row = [&](int64_t y, T* row) { stage(p, y, row); };
-      passes.blur_across(i % passes.groups, stage_row, columns.get() + p * passes.columns_size(), task.get());
+      passes.blur_across(i % passes.groups, plane_of(p), columns.get() + p * passes.columns_size(), task.get());
     }
   });
   torch::stable::parallel_for(0, planes * passes.strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i / passes.strips;
-      const auto finish_row = [&](int64_t y, int64_t x, int64_t n, const T* pixels) { finish(p, y, x, n, pixels); };
-      passes.blur_down(i % passes.strips, columns.get() + p * passes.columns_size(), finish_row);
+      passes.blur_down(i % passes.strips, columns.get() + p * passes.columns_size(), plane_of(p));
     }
   });
 }
 
 // ---------------------------------------------------------------- what goes in and out
 
-// A tensor [B, C, H, W] of any strides, by plane and row. A mask [B, 1, H, W] serves the C planes of its image.
+// One plane [H, W] of a tensor of any strides.
 template <typename T>
-struct Rows {
+struct View {
   const T* data;
-  int64_t channels, over_batch, over_channels, over_rows, over_columns;
-
-  Rows(const Tensor& tensor, int64_t channels)
-      : data(tensor.const_data_ptr<T>()),
-        channels(channels),
-        over_batch(tensor.stride(0)),
-        over_channels(tensor.size(1) == 1 ? 0 : tensor.stride(1)),
-        over_rows(tensor.stride(2)),
-        over_columns(tensor.stride(3)) {}
-
-  const T* at(int64_t plane, int64_t y, int64_t x) const {
-    return data + plane / channels * over_batch + plane % channels * over_channels + y * over_rows + x * over_columns;
-  }
+  int64_t over_rows, over_columns;
+  const T* row(int64_t y, int64_t x = 0) const { return data + y * over_rows + x * over_columns; }
 };
 
+// Plane p of [B, C, H, W], or the mask [B, 1, H, W] of that plane.
+template <typename T>
+View<T> view(const Tensor& tensor, int64_t channels, int64_t p) {
+  const int64_t c = tensor.size(1) == 1 ? 0 : p % channels;
+  return {tensor.const_data_ptr<T>() + p / channels * tensor.stride(0) + c * tensor.stride(1), tensor.stride(2),
+          tensor.stride(3)};
+}
+
 // f(i, a[i], b[i]) for i < n. Contiguous rows get a loop of their own, which the compiler turns into vectors.
-template <typename T, typename F>
-inline void for_row(int64_t n, const T* a, int64_t a_stride, const T* b, int64_t b_stride, const F& f) {
+template <typename Count, typename T, typename F>
+inline void for_row(Count n, const T* a, int64_t a_stride, const T* b, int64_t b_stride, const F& f) {
   if (a_stride == 1 && b_stride == 1)
     for (int64_t i = 0; i < n; ++i) f(i, a[i], b[i]);
   else
     for (int64_t i = 0; i < n; ++i) f(i, a[i * a_stride], b[i * b_stride]);
 }
 
-// Scales what goes into (by 2) or comes out of (by 1/2) the border pixels: C^-1 and C of blur_mask.h. `row` holds
-// pixels x, x + 1, ... of row y.
+// The image itself, for the blur and for the blend.
 template <typename T>
-void scale_border(T* row, int64_t y, int64_t H, int64_t x, int64_t count, int64_t W, T factor) {
-  if (is_border(y, H))
-    for (int64_t i = 0; i < count; ++i) row[i] *= factor;
-  if (x == 0 && W > 1) row[0] *= factor;
-  if (x + count == W && W > 1) row[count - 1] *= factor;
-}
+struct ImagePlane {
+  View<T> image;
+  int64_t W;
+
+  const T* stage(int64_t y, T* row) const {
+    const T* pixels = image.row(y);
+    if (image.over_columns == 1) return pixels;
+    for (int64_t x = 0; x < W; ++x) row[x] = pixels[x * image.over_columns];
+    return row;
+  }
+};
+
+template <typename T>
+struct BlurPlane : ImagePlane<T> {
+  T* output;
+
+  template <typename Count>
+  void finish(int64_t y, int64_t x, Count count, const T* pixels) const {
+    std::memcpy(output + y * this->W + x, pixels, count * sizeof(T));
+  }
+};
+
+// image * mask + blur * (1 - mask), and the blur itself where it is wanted.
+template <typename T>
+struct BlendPlane : ImagePlane<T> {
+  View<T> mask;
+  T *output, *blurred;
+
+  template <typename Count>
+  void finish(int64_t y, int64_t x, Count count, const T* __restrict pixels) const {
+    T* __restrict to = output + y * this->W + x;
+    for_row(count, this->image.row(y, x), this->image.over_columns, mask.row(y, x), mask.over_columns,
+            [&](int64_t i, T value, T m) { to[i] = value * m + pixels[i] * (1 - m); });
+    if (blurred) std::memcpy(blurred + y * this->W + x, pixels, count * sizeof(T));
+  }
+};
+
+// A^T grad, or grad * mask + A^T (grad * (1 - mask)): the blur between two scalings of the border, C^-1 and C of
+// blur_mask.h.
+template <typename T, bool kMasked>
+struct GradientPlane {
+  View<T> grad, mask;
+  T* output;
+  int64_t H, W;
+  bool identity;
+
+  // Pixels x, x + 1, ... of row y.
+  void scale_border(T* row, int64_t y, int64_t x, int64_t count, T factor) const {
+    if (identity) return;
+    if (is_border(y, H))
+      for (int64_t i = 0; i < count; ++i) row[i] *= factor;
+    if (is_border(x, W)) row[0] *= factor;
+    if (count > 1 && is_border(x + count - 1, W)) row[count - 1] *= factor;
+  }
+
+  const T* stage(int64_t y, T* __restrict row) const {
+    const View<T>& other = kMasked ? mask : grad;
+    for_row(W, grad.row(y), grad.over_columns, other.row(y), other.over_columns,
+            [&](int64_t x, T g, T m) { row[x] = kMasked ? g * (1 - m) : g; });
+    scale_border(row, y, 0, W, T(2));
+    return row;
+  }
+
+  template <typename Count>
+  void finish(int64_t y, int64_t x, Count count, const T* pixels) const {
+    T* __restrict to = output + y * W + x;
+    std::memcpy(to, pixels, count * sizeof(T));
+    scale_border(to, y, x, count, T(0.5));
+    if constexpr (kMasked)
+      for_row(count, grad.row(y, x), grad.over_columns, mask.row(y, x), mask.over_columns,
+              [&](int64_t i, T g, T m) { to[i] += g * m; });
+  }
+};
 
 struct Shape {
   int64_t B, C, H, W, planes;
   explicit Shape(const Tensor& t) : B(t.size(0)), C(t.size(1)), H(t.size(2)), W(t.size(3)), planes(B * C) {}
 };
 
-Tensor new_image(const Tensor& like, const Shape& s) { return torch::stable::new_empty(like, {s.B, s.C, s.H, s.W}); }
+Tensor new_image(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 
 Tensor gaussian_blur(const Tensor& image, double sigma, double truncate) {
   check_blur_image(image);
   const Shape s(image);
-  Tensor output = new_image(image, s);
+  Tensor output = new_image(image);
   for_cpu_dtype(image, [&]<typename scalar_t>() {
-    const Rows<scalar_t> in(image, s.C);
     scalar_t* out = output.mutable_data_ptr<scalar_t>();
-    blur_planes<scalar_t>(
-        s.planes, s.H, s.W, sigma, truncate,
-        [&](int64_t p, int64_t y, scalar_t* __restrict row) {
-          for_row(s.W, in.at(p, y, 0), in.over_columns, in.at(p, y, 0), in.over_columns,
-                  [&](int64_t i, scalar_t value, scalar_t) { row[i] = value; });
-        },
-        [&](int64_t p, int64_t y, int64_t x, int64_t n, const scalar_t* pixels) {
-          std::copy_n(pixels, n, out + (p * s.H + y) * s.W + x);
-        });
+    blur_planes<scalar_t>(s.planes, s.H, s.W, sigma, truncate, [&](int64_t p) {
+      return BlurPlane<scalar_t>{{view<scalar_t>(image, s.C, p), s.W}, out + p * s.H * s.W};
+    });
   });
   return output;
-}
-
-Tensor gaussian_blur_backward(const Tensor& grad_output, double sigma, double truncate) {
-  check_blur_image(grad_output);
-  const Shape s(grad_output);
-  const bool identity = blur_radius(sigma, truncate) == 0;
-  Tensor grad_image = new_image(grad_output, s);
-  for_cpu_dtype(grad_output, [&]<typename scalar_t>() {
-    const Rows<scalar_t> in(grad_output, s.C);
-    scalar_t* out = grad_image.mutable_data_ptr<scalar_t>();
-    blur_planes<scalar_t>(
-        s.planes, s.H, s.W, sigma, truncate,
-        [&](int64_t p, int64_t y, scalar_t* __restrict row) {
-          for_row(s.W, in.at(p, y, 0), in.over_columns, in.at(p, y, 0), in.over_columns,
-                  [&](int64_t i, scalar_t value, scalar_t) { row[i] = value; });
-          if (!identity) scale_border(row, y, s.H, 0, s.W, s.W, scalar_t(2));
-        },
-        [&](int64_t p, int64_t y, int64_t x, int64_t n, const scalar_t* pixels) {
-          scalar_t* to = out + (p * s.H + y) * s.W + x;
-          std::copy_n(pixels, n, to);
-          if (!identity) scale_border(to, y, s.H, x, n, s.W, scalar_t(0.5));
-        });
-  });
-  return grad_image;
 }
 
 // The forward of blur_mask; `blurred` is written where it is wanted.
 template <typename T>
 void blend_with_blur(const Tensor& image, const Tensor& mask, double sigma, double truncate, T* output, T* blurred) {
   const Shape s(image);
-  const Rows<T> in(image, s.C), keep(mask, s.C);
-  blur_planes<T>(
-      s.planes, s.H, s.W, sigma, truncate,
-      [&](int64_t p, int64_t y, T* __restrict row) {
-        for_row(s.W, in.at(p, y, 0), in.over_columns, in.at(p, y, 0), in.over_columns,
-                [&](int64_t i, T value, T) { row[i] = value; });
-      },
-      [&](int64_t p, int64_t y, int64_t x, int64_t n, const T* pixels) {
-        const int64_t at = (p * s.H + y) * s.W + x;
-        T* __restrict to = output + at;
-        for_row(n, in.at(p, y, x), in.over_columns, keep.at(p, y, x), keep.over_columns,
-                [&](int64_t i, T value, T m) { to[i] = value * m + pixels[i] * (1 - m); });
-        if (blurred) std::copy_n(pixels, n, blurred + at);
-      });
+  blur_planes<T>(s.planes, s.H, s.W, sigma, truncate, [&](int64_t p) {
+    const int64_t at = p * s.H * s.W;
+    return BlendPlane<T>{
+        {view<T>(image, s.C, p), s.W}, view<T>(mask, s.C, p), output + at, blurred ? blurred + at : blurred};
+  });
 }
 
 Tensor blur_mask(const Tensor& image, const Tensor& mask, double sigma, double truncate) {
   check_blur_mask(image, mask);
-  Tensor output = new_image(image, Shape(image));
+  Tensor output = new_image(image);
   for_cpu_dtype(image, [&]<typename scalar_t>() {
     blend_with_blur<scalar_t>(image, mask, sigma, truncate, output.mutable_data_ptr<scalar_t>(), nullptr);
   });
@@ -476,7 +538,7 @@ Tensor blur_mask(const Tensor& image, const Tensor& mask, double sigma, double t
 
 std::tuple<Tensor, Tensor> blur_mask_and_blur(const Tensor& image, const Tensor& mask, double sigma, double truncate) {
   check_blur_mask(image, mask);
-  Tensor output = new_image(image, Shape(image)), blurred = new_image(image, Shape(image));
+  Tensor output = new_image(image), blurred = new_image(image);
   for_cpu_dtype(image, [&]<typename scalar_t>() {
     blend_with_blur<scalar_t>(image, mask, sigma, truncate, output.mutable_data_ptr<scalar_t>(),
                               blurred.mutable_data_ptr<scalar_t>());
@@ -484,31 +546,30 @@ std::tuple<Tensor, Tensor> blur_mask_and_blur(const Tensor& image, const Tensor&
   return {output, blurred};
 }
 
-// grad * mask + A^T (grad * (1 - mask)).
-Tensor blur_mask_backward_image(const Tensor& grad_output, const Tensor& mask, double sigma, double truncate) {
-  check_blur_mask(grad_output, mask);
+// The gradient of the image; without a mask (grad_output stands in for it), that of the plain blur.
+template <bool kMasked>
+Tensor gradient_of_image(const Tensor& grad_output, const Tensor& mask, double sigma, double truncate) {
   const Shape s(grad_output);
   const bool identity = blur_radius(sigma, truncate) == 0;
-  Tensor grad_image = new_image(grad_output, s);
+  Tensor grad_image = new_image(grad_output);
   for_cpu_dtype(grad_output, [&]<typename scalar_t>() {
-    const Rows<scalar_t> grad(grad_output, s.C), keep(mask, s.C);
     scalar_t* out = grad_image.mutable_data_ptr<scalar_t>();
-    blur_planes<scalar_t>(
-        s.planes, s.H, s.W, sigma, truncate,
-        [&](int64_t p, int64_t y, scalar_t* __restrict row) {
-          for_row(s.W, grad.at(p, y, 0), grad.over_columns, keep.at(p, y, 0), keep.over_columns,
-                  [&](int64_t i, scalar_t g, scalar_t m) { row[i] = g * (1 - m); });
-          if (!identity) scale_border(row, y, s.H, 0, s.W, s.W, scalar_t(2));
-        },
-        [&](int64_t p, int64_t y, int64_t x, int64_t n, const scalar_t* pixels) {
-          scalar_t* __restrict to = out + (p * s.H + y) * s.W + x;
-          std::copy_n(pixels, n, to);
-          if (!identity) scale_border<scalar_t>(to, y, s.H, x, n, s.W, scalar_t(0.5));
-          for_row(n, grad.at(p, y, x), grad.over_columns, keep.at(p, y, x), keep.over_columns,
-                  [&](int64_t i, scalar_t g, scalar_t m) { to[i] += g * m; });
-        });
+    blur_planes<scalar_t>(s.planes, s.H, s.W, sigma, truncate, [&](int64_t p) {
+      return GradientPlane<scalar_t, kMasked>{
+          view<scalar_t>(grad_output, s.C, p), view<scalar_t>(mask, s.C, p), out + p * s.H * s.W, s.H, s.W, identity};
+    });
   });
   return grad_image;
+}
+
+Tensor gaussian_blur_backward(const Tensor& grad_output, double sigma, double truncate) {
+  check_blur_image(grad_output);
+  return gradient_of_image<false>(grad_output, grad_output, sigma, truncate);
+}
+
+Tensor blur_mask_backward_image(const Tensor& grad_output, const Tensor& mask, double sigma, double truncate) {
+  check_blur_mask(grad_output, mask);
+  return gradient_of_image<true>(grad_output, mask, sigma, truncate);
 }
 
 // sum over the channels of grad * (image - blurred), in the order of the channels.
@@ -518,7 +579,6 @@ Tensor blur_mask_backward_mask(const Tensor& grad_output, const Tensor& image, c
   const Shape s(image);
   Tensor grad_mask = torch::stable::new_empty(image, {s.B, 1, s.H, s.W});
   for_cpu_dtype(image, [&]<typename scalar_t>() {
-    const Rows<scalar_t> grad(grad_output, s.C), in(image, s.C), blur(blurred, s.C);
     scalar_t* out = grad_mask.mutable_data_ptr<scalar_t>();
     torch::stable::parallel_for(0, s.B * s.H, ceil_div(1 << 13, s.W), [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> difference(s.W);
@@ -527,10 +587,12 @@ Tensor blur_mask_backward_mask(const Tensor& grad_output, const Tensor& image, c
         std::fill_n(to, s.W, scalar_t(0));
         for (int64_t c = 0; c < s.C; ++c) {
           const int64_t p = i / s.H * s.C + c, y = i % s.H;
-          for_row(s.W, in.at(p, y, 0), in.over_columns, blur.at(p, y, 0), blur.over_columns,
+          const View<scalar_t> g = view<scalar_t>(grad_output, s.C, p), in = view<scalar_t>(image, s.C, p),
+                               blur = view<scalar_t>(blurred, s.C, p);
+          for_row(s.W, in.row(y), in.over_columns, blur.row(y), blur.over_columns,
                   [&](int64_t x, scalar_t a, scalar_t b) { d[x] = a - b; });
-          for_row(s.W, grad.at(p, y, 0), grad.over_columns, d, int64_t(1),
-                  [&](int64_t x, scalar_t g, scalar_t e) { to[x] += g * e; });
+          for_row(s.W, g.row(y), g.over_columns, d, int64_t(1),
+                  [&](int64_t x, scalar_t grad, scalar_t e) { to[x] += grad * e; });
         }
       }
     });
