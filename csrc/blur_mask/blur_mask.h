@@ -61,40 +61,85 @@ CASM_FAST_HD inline int64_t mirror(int64_t i, int64_t n) {
 // C of the note above: what turns the blur into its own gradient, at pixel i of n.
 CASM_FAST_HD inline bool is_border(int64_t i, int64_t n) { return n > 1 && (i == 0 || i == n - 1); }
 
+// The tap at distance d, before it is normalised.
+CASM_FAST_HD inline double gaussian(int64_t d, double sigma) {
+  const double t = double(d) / sigma;
+  return exp(-0.5 * t * t);
+}
+
 // Taps 0 .. radius of one side, normalised so that both sides sum to 1.
 inline std::vector<double> gaussian_taps(double sigma, int64_t radius) {
   std::vector<double> taps(radius + 1, 1.0);
   double sum = 1;
   for (int64_t k = 1; k <= radius; ++k) {
-    taps[k] = std::exp(-0.5 * double(k) * double(k) / (sigma * sigma));
+    taps[k] = gaussian(k, sigma);
     sum += 2 * taps[k];
   }
   for (double& tap : taps) tap /= sum;
   return taps;
 }
 
-// The taps wrapped to the period of a mirrored row of n pixels: A[i, j] = wrapped[|i-j|] + wrapped[mirror(i+j)] inside,
-// and half of that where j is a border pixel.
-inline std::vector<double> wrapped_taps(const std::vector<double>& taps, int64_t n) {
-  std::vector<double> wrapped(n, 0.0);
-  if (n == 1) {
-    wrapped[0] = 0.5;
-    return wrapped;
-  }
-  const int64_t radius = int64_t(taps.size()) - 1;
-  for (int64_t k = -radius; k <= radius; ++k) {
-    const int64_t at = mirror(k, n);
-    // k and -k share a place, except at the two ends of the period, which are places of their own.
-    wrapped[at] += (at == 0 || at == n - 1 ? 1.0 : 0.5) * taps[k < 0 ? -k : k];
-  }
-  return wrapped;
+// A[i, j] of a row of n pixels. wrapped(d), 0 <= d < n, is the sum of the taps at d + m 2 (n - 1) over all integers m,
+// and 1/2 where n is 1.
+template <typename Wrapped>
+CASM_FAST_HD double blur_weight(const Wrapped& wrapped, int64_t n, int64_t i, int64_t j) {
+  const double weight = wrapped(i < j ? j - i : i - j) + wrapped(mirror(i + j, n));
+  return is_border(j, n) ? 0.5 * weight : weight;
 }
 
-// A[i, j] from the wrapped taps.
-inline double blur_weight(const std::vector<double>& wrapped, int64_t i, int64_t j) {
-  const int64_t n = int64_t(wrapped.size());
-  const double weight = wrapped[i < j ? j - i : i - j] + wrapped[mirror(i + j, n)];
-  return is_border(j, n) ? 0.5 * weight : weight;
+// How the rows of an axis are cut into blocks of 2 kFold. Block b makes rows out_hi, out_hi + 1, ... and out_lo,
+// out_lo - 1, ... (kFold of each; those outside 0 .. n-1 are dropped) from the sums and the differences of rows
+// in_hi + k and in_lo - k, k < depth, which may lie outside and are then mirrored:
+//
+//   even = sum_k weight[k].even (x[in_hi + k] + x[in_lo - k]),   out[out_hi + j] = even + odd
+//   odd  = sum_k weight[k].odd  (x[in_hi + k] - x[in_lo - k]),   out[out_lo - j] = even - odd
+//
+// Blocks are folded about their own centre, with the same weights for all; or, where the radius passes half of the
+// side, about the centre of the axis ("centred"), so that the work stops growing with the radius.
+template <int kFold>
+struct FoldedAxis {
+  int64_t n, radius, depth, blocks;
+  bool centred;
+
+  FoldedAxis(int64_t n, int64_t radius)
+      : n(n),
+        radius(radius),
+        depth((n + 1) / 2 <= radius + kFold ? (n + 1) / 2 : radius + kFold),
+        blocks(ceil_div(n, 2 * kFold)),
+        centred((n + 1) / 2 <= radius + kFold) {}
+
+  CASM_FAST_HD int64_t out_hi(int64_t b) const { return centred ? n / 2 + b * kFold : (2 * b + 1) * kFold; }
+  CASM_FAST_HD int64_t out_lo(int64_t b) const { return centred ? (n - 1) / 2 - b * kFold : (2 * b + 1) * kFold - 1; }
+  CASM_FAST_HD int64_t in_hi(int64_t b) const { return centred ? n / 2 : out_hi(b); }
+  CASM_FAST_HD int64_t in_lo(int64_t b) const { return centred ? (n - 1) / 2 : out_lo(b); }
+
+  // Weights are stored as [table][depth][even, odd][kFold].
+  CASM_FAST_HD int64_t tables() const { return centred ? blocks : 1; }
+  CASM_FAST_HD int64_t weights() const { return tables() * depth * 2 * kFold; }
+  CASM_FAST_HD int64_t table_of(int64_t b) const { return centred ? b * depth * 2 * kFold : 0; }
+};
+
+struct FoldWeight {
+  double even, odd;
+};
+
+// The weight of input pair k in output pair j of block b. tap(d) is the tap at any integer d, 0 past the radius.
+template <int kFold, typename Tap, typename Wrapped>
+CASM_FAST_HD FoldWeight fold_weight(const FoldedAxis<kFold>& axis, int64_t b, int64_t k, int64_t j, const Tap& tap,
+                                    const Wrapped& wrapped) {
+  double near, far;
+  if (axis.centred) {
+    const int64_t i = axis.out_hi(b) + j, hi = axis.in_hi(b) + k, lo = axis.in_lo(b) - k;
+    if (i >= axis.n) return {0, 0};
+    near = blur_weight(wrapped, axis.n, i, hi);
+    // The middle row of an odd number is its own partner: the sum counts it twice.
+    if (hi == lo) return {0.5 * near, 0};
+    far = blur_weight(wrapped, axis.n, i, lo);
+  } else {
+    near = tap(j - k);
+    far = tap(j + k + 1);
+  }
+  return {0.5 * (near + far), 0.5 * (near - far)};
 }
 
 }  // namespace casm_fast

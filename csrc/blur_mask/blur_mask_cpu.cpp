@@ -72,62 +72,46 @@ class Scratch {
 
 // ---------------------------------------------------------------- one axis
 
-// Where a block reads and writes: rows up from `hi` and down from `lo`, counted from row 0 of the image.
-template <typename T>
-struct Block {
-  int64_t in_hi, in_lo, out_hi, out_lo;
-  const T* weights;  // [depth][even, odd][kFold]
-};
+// The taps wrapped to the period of a mirrored row of n pixels: see blur_weight.
+std::vector<double> wrapped_taps(const std::vector<double>& taps, int64_t n) {
+  std::vector<double> wrapped(n, n == 1 ? 0.5 : 0.0);
+  if (n == 1) return wrapped;
+  const int64_t radius = int64_t(taps.size()) - 1;
+  for (int64_t k = -radius; k <= radius; ++k) {
+    const int64_t at = mirror(k, n);
+    // k and -k share a place, except at the two ends of the period, which are places of their own.
+    wrapped[at] += (at == 0 || at == n - 1 ? 1.0 : 0.5) * taps[std::abs(k)];
+  }
+  return wrapped;
+}
 
-// How one axis of n pixels is cut into blocks.
 template <typename T>
-struct Axis {
-  int64_t n, depth, blocks;
+struct Axis : FoldedAxis<kFold> {
   int64_t margin;  // mirrored rows that the input needs on either side
-  bool centred;    // blocks are folded about the centre of the image
   std::vector<T> weights;
 
-  Axis(int64_t n, const std::vector<double>& taps) : n(n) {
-    const int64_t radius = int64_t(taps.size()) - 1, half = (n + 1) / 2;
-    centred = half <= radius + kFold;
-    depth = centred ? half : radius + kFold;
-    blocks = ceil_div(n, 2 * kFold);
-    margin = centred ? 0 : radius;
-    weights.assign((centred ? blocks : 1) * depth * 2 * kFold, T(0));
-    if (centred) {
-      const std::vector<double> wrapped = wrapped_taps(taps, n);
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t k = 0; k < depth; ++k)
-          for (int64_t j = 0; j < kFold && b * kFold + j < half; ++j) {
-            const int64_t i = n / 2 + b * kFold + j;
-            const double near = blur_weight(wrapped, i, n / 2 + k), far = blur_weight(wrapped, i, (n - 1) / 2 - k);
-            // The middle row of an odd number is its own partner: the sum counts it twice.
-            const bool own = n % 2 == 1 && k == 0;
-            set(b, k, j, own ? 0.5 * near : 0.5 * (near + far), own ? 0.0 : 0.5 * (near - far));
-          }
-    } else {
-      const auto tap = [&](int64_t d) { return std::abs(d) <= radius ? taps[std::abs(d)] : 0.0; };
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t j = 0; j < kFold; ++j)
-          set(0, k, j, 0.5 * (tap(j - k) + tap(j + k + 1)), 0.5 * (tap(j - k) - tap(j + k + 1)));
-    }
+  Axis(int64_t n, const std::vector<double>& taps) : FoldedAxis<kFold>(n, int64_t(taps.size()) - 1) {
+    margin = this->centred ? 0 : this->radius;
+    weights.resize(FoldedAxis<kFold>::weights());
+    const std::vector<double> wrapped = this->centred ? wrapped_taps(taps, n) : std::vector<double>();
+    const auto tap_at = [&](int64_t d) { return std::abs(d) <= this->radius ? taps[std::abs(d)] : 0.0; };
+    const auto wrapped_at = [&](int64_t d) { return wrapped[d]; };
+    T* entry = weights.data();
+    for (int64_t b = 0; b < this->tables(); ++b)
+      for (int64_t k = 0; k < this->depth; ++k, entry += 2 * kFold)
+        for (int64_t j = 0; j < kFold; ++j) {
+          const FoldWeight weight = fold_weight(*this, b, k, j, tap_at, wrapped_at);
+          entry[j] = T(weight.even);
+          entry[kFold + j] = T(weight.odd);
+        }
   }
 
-  void set(int64_t b, int64_t k, int64_t j, double even, double odd) {
-    T* pair = weights.data() + (b * depth + k) * 2 * kFold;
-    pair[j] = T(even);
-    pair[kFold + j] = T(odd);
-  }
-
-  Block<T> block(int64_t b) const {
-    if (centred)
-      return {n / 2, (n - 1) / 2, n / 2 + b * kFold, (n - 1) / 2 - b * kFold, weights.data() + b * depth * 2 * kFold};
-    const int64_t hi = (2 * b + 1) * kFold;
-    return {hi, hi - 1, hi, hi - 1, weights.data()};
-  }
+  const T* weights_of(int64_t b) const { return weights.data() + this->table_of(b); }
 
   // Rows of the input with its margins; the last block may reach past them.
-  int64_t input_rows() const { return centred ? n : std::max(n, 2 * kFold * blocks) + 2 * margin; }
+  int64_t input_rows() const {
+    return this->centred ? this->n : std::max(this->n, 2 * kFold * this->blocks) + 2 * margin;
+  }
 };
 
 // Fills the margins of a strip from its n rows, which start at row `margin`.
@@ -282,6 +266,14 @@ struct Passes {
   }
   int64_t task_size() const { return staged_size() + input_size() + result_size(); }
 
+  // f(start) of squares that cover `size` rows, where there are that many; the last one may overlap the one before.
+  template <typename F>
+  static void for_squares(int64_t size, const F& f) {
+    constexpr int64_t n = kLanes<T>;
+    for (int64_t start = 0; start + n <= size; start += n) f(start);
+    if (size > n && size % n != 0) f(size - n);
+  }
+
   // 1. Rows [group * kStrip, ...) of the plane into the strips of columns, blurred across.
   template <typename Plane>
   void blur_across(int64_t group, const Plane& plane, T* columns, T* task) const {
@@ -293,26 +285,25 @@ struct Passes {
     for (int64_t part = 0; part < kStrip<T>; part += n) {
       for (int64_t i = 0; i < n; ++i)  // rows below the image repeat the last one, and their results are dropped
         rows[i] = plane.stage(std::min(first + part + i, H - 1), staged + i * strips * kStrip<T>);
-      int64_t x = 0;
-      for (; x + n <= W; x += n) transpose_square(rows, x, origin + x * kStrip<T> + part, kStrip<T>);
-      for (; x < W; ++x)
-        for (int64_t i = 0; i < n; ++i) origin[x * kStrip<T> + part + i] = rows[i][x];
+      for_squares(W, [&](int64_t x) { transpose_square(rows, x, origin + x * kStrip<T> + part, kStrip<T>); });
+      if (W < n)
+        for (int64_t x = 0; x < W; ++x)
+          for (int64_t i = 0; i < n; ++i) origin[x * kStrip<T> + part + i] = rows[i][x];
     }
     fill_margins(across, input);
     for (int64_t b = 0; b < across.blocks; ++b) {
-      const Block<T> at = across.block(b);
-      fold_block(origin + at.in_hi * kStrip<T>, origin + at.in_lo * kStrip<T>, across.depth, at.weights,
-                 result + at.out_hi * kStrip<T>, result + at.out_lo * kStrip<T>);
+      fold_block(origin + across.in_hi(b) * kStrip<T>, origin + across.in_lo(b) * kStrip<T>, across.depth,
+                 across.weights_of(b), result + across.out_hi(b) * kStrip<T>, result + across.out_lo(b) * kStrip<T>);
     }
     const int64_t height = std::min<int64_t>(kStrip<T>, H - first);
     for (int64_t s = 0; s < strips; ++s) {
       T* strip = columns + s * strip_size() + (down.margin + first) * kStrip<T>;
       for (int64_t i = 0; i < kStrip<T>; ++i) rows[i] = result + (s * kStrip<T> + i) * kStrip<T>;
-      int64_t y = 0;
-      for (; y + n <= height; y += n)
-        for (int64_t x = 0; x < kStrip<T>; x += n) transpose_square(rows + x, y, strip + y * kStrip<T> + x, kStrip<T>);
-      for (; y < height; ++y)
-        for (int64_t x = 0; x < kStrip<T>; ++x) strip[y * kStrip<T> + x] = rows[x][y];
+      for (int64_t x = 0; x < kStrip<T>; x += n)
+        for_squares(height, [&](int64_t y) { transpose_square(rows + x, y, strip + y * kStrip<T> + x, kStrip<T>); });
+      if (height < n)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < kStrip<T>; ++x) strip[y * kStrip<T> + x] = rows[x][y];
     }
   }
 
@@ -333,11 +324,11 @@ struct Passes {
         plane.finish(y, x, count, pixels);
     };
     for (int64_t b = 0; b < down.blocks; ++b) {
-      const Block<T> at = down.block(b);
-      fold_block(origin + at.in_hi * kStrip<T>, origin + at.in_lo * kStrip<T>, down.depth, at.weights, upper, lower);
+      fold_block(origin + down.in_hi(b) * kStrip<T>, origin + down.in_lo(b) * kStrip<T>, down.depth, down.weights_of(b),
+                 upper, lower);
       for (int64_t j = 0; j < kFold; ++j) {
-        finish(at.out_hi + j, upper + j * kStrip<T>);
-        finish(at.out_lo - j, lower - j * kStrip<T>);
+        finish(down.out_hi(b) + j, upper + j * kStrip<T>);
+        finish(down.out_lo(b) - j, lower - j * kStrip<T>);
       }
     }
   }
