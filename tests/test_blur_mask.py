@@ -88,6 +88,39 @@ def test_blend_equals_reference(shape, sigma, dtype, device):
         assert_near(grad, expected_grad, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("sigma", [1.0, 12.0, 60.0])
+@pytest.mark.parametrize("shape", [(65, 130), (128, 20), (18, 129)])
+def test_edges_of_tiles(shape, sigma, gpu_device):
+    # Tiles of the CUDA kernels are 64 rows and 128 columns, over one plane after the other.
+    image, mask = image_and_mask(shape, torch.float32, gpu_device)
+    assert_near(gaussian_blur(image, sigma), scipy_blur(image, sigma), 5e-6)
+    assert_near(blur_mask(image, mask, sigma), blur_mask.reference(image, mask, sigma), 5e-6)
+
+
+# Largest value 2 (gradients of border pixels), rounded once: half a unit in the last place, and the
+# float32 sums.
+SIXTEEN_BIT = [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)]
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), SIXTEEN_BIT)
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 9.0])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 14), (20, 36)])
+def test_sixteen_bit_storage(shape, sigma, dtype, rounding, gpu_device):
+    inputs = image_and_mask(shape, dtype, gpu_device)
+    weight = images(shape, dtype=dtype, device=gpu_device, seed=3)
+    exact = tuple(t.double().requires_grad_() for t in inputs)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    value, expected = blur_mask(*inputs, sigma), blur_mask.reference(*exact, sigma)
+    assert value.dtype == dtype
+    assert_near(value, expected, rounding)
+    grads = torch.autograd.grad(value, inputs, weight)
+    expected_grads = torch.autograd.grad(expected, exact, weight.double())
+    assert_near(grads[0], expected_grads[0], 2 * rounding)
+    # The saved blur was rounded too: three channels of differences below 1.
+    assert_near(grads[1], expected_grads[1], 6 * rounding)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 9])
 def test_every_batch(batch, device):
     image, mask = image_and_mask((14, 11), torch.float32, device, batch)

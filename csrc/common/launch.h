@@ -38,6 +38,7 @@ class Device {
 
 inline int64_t multiprocessors(int32_t) { return 4; }
 inline int64_t max_shared_bytes(int32_t) { return emulated::kMaxSharedBytes; }
+inline int64_t l2_bytes(int32_t) { return 32 << 10; }  // small, so that small tensors already pass it
 
 using emulated::dynamic_shared;
 using emulated::launch;
@@ -71,6 +72,8 @@ inline int64_t multiprocessors(int32_t device_index) {
 inline int64_t max_shared_bytes(int32_t device_index) {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
 }
+
+inline int64_t l2_bytes(int32_t device_index) { return device_attribute(cudaDevAttrL2CacheSize, device_index); }
 
 template <typename T>
 __device__ inline T* dynamic_shared() {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(CASM_FAST_EMULATED)
+#if defined(__CUDACC__)
 #define CASM_FAST_HD __host__ __device__
 #else
 #define CASM_FAST_HD
