@@ -19,7 +19,7 @@ namespace casm_fast {
 namespace {
 
 constexpr int64_t kPixelsPerBlock = 8192;  // of a block of rows: float sums stay short, and a thread has enough to do
-constexpr int64_t kPixelsPerTask = 16384;  // below, waking a thread costs more than it brings
+constexpr int64_t kPixelsPerTask = 32768;  // below, waking a thread costs more than it brings
 
 // What kLanes pixels add to the value, and k times the flows out of them.
 template <typename T>

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kRows = 8;       // rows of a thread: 9/8 of the loads, and a 28x28 mask fits one warp
 constexpr int kThreads = 128;  // of a block
+constexpr int kBlocks = 5;     // resident at least: registers for several rows under way at once, without spills
 
 // How the pixels of a batch are laid over threads. A team adds up (part of) one image: a warp or a block.
 struct Layout {
@@ -35,7 +36,9 @@ struct Layout {
         units(static_cast<int>(packs * ceil_div(H, kRows))),
         team(units <= 32 ? 32 : kThreads),
         teams(static_cast<int>(ceil_div(units, team))),
-        images(mask.size(0)) {}
+        images(mask.size(0)) {
+    STD_TORCH_CHECK(packs * ceil_div(H, kRows) <= INT32_MAX, "mask has too many pixels");
+  }
 
   dim3 grid() const { return dim3(static_cast<unsigned>(ceil_div(images * teams, kThreads / team))); }
 };
@@ -81,7 +84,7 @@ __device__ void store_team_sum(T term, const Layout& layout, const Place& place,
 
 // sums [images * teams]
 template <typename scalar_t, int kPack, Beta kBeta, bool kIsotropic>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     value_kernel(const scalar_t* mask, acc_t<scalar_t>* sums, Layout layout, acc_t<scalar_t> beta) {
   using T = acc_t<scalar_t>;
   const Place place(layout, kPack);
@@ -108,9 +111,9 @@ __global__ void __launch_bounds__(kThreads)
   store_team_sum(term, layout, place, sums);
 }
 
-// grad_mask = weight[image] * gradient; the terms go to sums [images * teams] too, where asked.
-template <typename scalar_t, int kPack, Beta kBeta, bool kIsotropic, bool kValue>
-__global__ void __launch_bounds__(kThreads)
+// grad_mask = weight[image] * gradient; the terms go to sums [images * teams] too, unless that is null.
+template <typename scalar_t, int kPack, Beta kBeta, bool kIsotropic>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gradient_kernel(const scalar_t* mask, Weight<acc_t<scalar_t>> weight, scalar_t* grad_mask, acc_t<scalar_t>* sums,
                     Layout layout, acc_t<scalar_t> beta) {
   using T = acc_t<scalar_t>;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
         grad[j - 1] = static_cast<scalar_t>(scale * (from_left + from_above[j - 1] - out.right - out.down));
         from_left = out.right;
         from_above[j - 1] = out.down;
-        if constexpr (kValue) row_term += tv_value<kBeta, kIsotropic>(dx, dy, beta);
+        if (sums) row_term += tv_value<kBeta, kIsotropic>(dx, dy, beta);
       }
       if (y < layout.H) {
         store_pack(grad_mask + plane + y * W + place.x, grad);
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
       here = below;
     }
   }
-  if constexpr (kValue) store_team_sum(term, layout, place, sums);
+  if (sums) store_team_sum(term, layout, place, sums);
 }
 
 // value[b] = sum of sums[b, 0:teams], a warp per image.
@@ -215,25 +218,21 @@ Tensor tv_norm(const Tensor& mask_in, double beta, bool isotropic) {
   return value;
 }
 
-// grad_mask [B, 1, H, W] = weight times the gradient; with it the value [B] where kValue.
-template <bool kValue>
-void run_gradient(const Tensor& mask, const std::optional<Tensor>& grad_value, double weight, double beta,
-                  bool isotropic, Tensor& grad_mask, Tensor* value, const Device& device) {
+// grad_mask [B, 1, H, W] = weight times the gradient, the weight being grad_value [B] where there is one; with it the
+// value [B], where one is given.
+void run_gradient(const Tensor& mask, const Tensor* grad_value, double weight, double beta, bool isotropic,
+                  Tensor& grad_mask, Tensor* value, const Device& device) {
   for_storage(mask, [&]<typename scalar_t, int kPack>() {
     using T = acc_t<scalar_t>;
     const Layout layout(mask, kPack);
-    T* sums = nullptr;
-    std::optional<Tensor> kept;
-    if constexpr (kValue) {
-      kept = sums_of(*value, layout);
-      sums = kept->mutable_data_ptr<T>();
-    }
+    std::optional<Tensor> sums;
+    if (value) sums = sums_of(*value, layout);
     for_tv_case(beta, isotropic, [&]<Beta kBeta, bool kIsotropic>() {
-      launch(gradient_kernel<scalar_t, kPack, kBeta, kIsotropic, kValue>, layout.grid(), dim3(kThreads), 0, device,
+      launch(gradient_kernel<scalar_t, kPack, kBeta, kIsotropic>, layout.grid(), dim3(kThreads), 0, device,
              mask.const_data_ptr<scalar_t>(), grad_value ? weight_of<T>(*grad_value) : Weight<T>{nullptr, 0, T(weight)},
-             grad_mask.mutable_data_ptr<scalar_t>(), sums, layout, T(beta));
+             grad_mask.mutable_data_ptr<scalar_t>(), sums ? sums->mutable_data_ptr<T>() : nullptr, layout, T(beta));
     });
-    if constexpr (kValue) finish<T>(*kept, *value, layout, device);
+    if (value) finish<T>(*sums, *value, layout, device);
   });
 }
 
@@ -243,7 +242,7 @@ Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double 
   const Device device(mask_in);
   const Tensor mask = torch::stable::contiguous(mask_in);
   Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
-  run_gradient<false>(mask, grad_value, 1, beta, isotropic, grad_mask, nullptr, device);
+  run_gradient(mask, &grad_value, 1, beta, isotropic, grad_mask, nullptr, device);
   return grad_mask;
 }
 
@@ -253,7 +252,7 @@ std::tuple<Tensor, Tensor> tv_norm_with_gradient(const Tensor& mask_in, double w
   const Tensor mask = torch::stable::contiguous(mask_in);
   Tensor value = torch::stable::new_empty(mask, {mask.size(0)}, sum_dtype(mask));
   Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
-  run_gradient<true>(mask, std::nullopt, weight, beta, isotropic, grad_mask, &value, device);
+  run_gradient(mask, nullptr, weight, beta, isotropic, grad_mask, &value, device);
   return {value, grad_mask};
 }
 

@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every CUDA kernel, as a table.
 
-    python benchmarks/kernel_resources.py [--archs 80,90,100] [--all] [ROOM ...]
+    python benchmarks/kernels.py [--archs 80,90,100] [--all] [ROOM ...]
 
 Compiles the .cu files once more with the commands of the build (build/cmake/compile_commands.json)
 and reads what ptxas says. A line is one kernel: the worst of its instantiations, or each of them
