@@ -312,9 +312,9 @@ class TrainConfig:
     """Keep images and weights in channels-last memory order (faster convolutions on GPUs and some
     CPUs)."""
 
-    workers: int = 0
+    workers: int = 4
     """Threads that decode images beside the training; 0 decodes in between. The images do not
-    depend on it."""
+    depend on it, and a set in memory needs none."""
 
     strict: bool = False
     """Stop at an image that cannot be read, instead of skipping and naming it."""
