@@ -6,16 +6,15 @@
 * `evaluate` scores them by the paper's conventions,
 * `ops` holds the fused operators.
 
-The verbs are imported when they are first used, so that ``import casm_fast`` costs little more than
-torch itself.
+All of them are imported when they are first used, so that ``import casm_fast`` costs nothing and
+the command line can explain a build that is not there.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from casm_fast import ops
-
 if TYPE_CHECKING:
+    from casm_fast import ops
     from casm_fast.evaluation import Scores, evaluate
     from casm_fast.extraction import ExtractConfig, Extraction, extract
     from casm_fast.models import SaliencyModel, load
@@ -53,6 +52,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("casm_fast.ops")
     if name not in _HOMES:
         raise AttributeError(f"module 'casm_fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"casm_fast.{_HOMES[name]}"), name)

@@ -10,7 +10,7 @@ import pytest
 
 import casm_fast
 
-HEAVY = ["tyro", "pyarrow", "matplotlib", "jinja2", "cv2", "torchvision", "timm"]
+HEAVY = ["torch", "tyro", "pyarrow", "matplotlib", "jinja2", "cv2", "torchvision", "timm"]
 
 
 @pytest.mark.parametrize("name", casm_fast.__all__)
@@ -41,3 +41,17 @@ def test_works_without_tyro():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("verb", ["doctor", "train"])
+def test_missing_kernels_are_one_sentence(verb):
+    program = (
+        "import sys; sys.modules['casm_fast._C'] = None\n"
+        f"sys.argv = ['casm-fast', '{verb}']\n"
+        "from casm_fast.__main__ import main; raise SystemExit(main())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("casm_fast: expected the built kernels beside the package")
+    assert "pip install -e ." in run.stderr
+    assert "Traceback" not in run.stderr
