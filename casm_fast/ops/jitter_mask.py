@@ -41,7 +41,7 @@ def _nearest(mask: Tensor, H: int, W: int) -> Tensor:
     return mask[:, :, rows][..., columns]
 
 
-def _axis_weights(cells: int, pixels: int, sigma: float, mask: Tensor) -> Tensor:
+def axis_weights(cells: int, pixels: int, sigma: float, mask: Tensor) -> Tensor:
     """A ``[pixels, cells]`` of the module's formula, in the dtype and on the device of `mask`."""
     v = torch.arange(pixels, device=mask.device)[:, None]
     u = torch.arange(cells, device=mask.device)
@@ -59,7 +59,7 @@ def upsample_mask_reference(mask: Tensor, size: tuple[int, int], sigma: float) -
     if sigma == 0:
         return _nearest(mask, H, W)
     wide = mask.to(_arithmetic(mask.dtype))
-    rows, columns = _axis_weights(h, H, sigma, wide), _axis_weights(w, W, sigma, wide)
+    rows, columns = axis_weights(h, H, sigma, wide), axis_weights(w, W, sigma, wide)
     return (rows @ wide @ columns.T).to(mask.dtype)
 
 
