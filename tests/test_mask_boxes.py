@@ -545,6 +545,36 @@ def test_deterministic_for_any_number_of_threads():
     assert all(same(results[0], result) for result in results[1:])
 
 
+def test_results_do_not_depend_on_the_order_of_threads(gpu_device, monkeypatch):
+    """Unions race by design: every interleaving must end in the same forest."""
+    for shape in ((30, 70), (4000, 1)):
+        binary = batch(noise(*shape, 0.593)[None], gpu_device)
+        expected = connected_components.reference(binary.cpu(), 8)
+        box = mask_boxes.reference(binary.cpu())
+        for seed in range(12):
+            monkeypatch.setenv("CASM_FAST_EMULATOR_SEED", str(seed))
+            assert torch.equal(connected_components(binary, 8).cpu(), expected)
+            assert same(mask_boxes(binary), box)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("shape", [(224, 224), (400, 400)])
+def test_cuda_graph_without_synchronisation(shape):
+    mask = masks(shape, device="cuda")
+    expected = [mask_boxes(mask, rule=rule) for rule in RULES]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [mask_boxes(mask, rule=rule) for rule in RULES]
+            labels = connected_components(mask >= 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(labels.cpu(), connected_components(mask.cpu() >= 0.5))
+
+
 # ---------------------------------------------------------------- properties
 binaries = st.builds(
     lambda seed, shape, p: np.random.default_rng(seed).random(shape) < p,
