@@ -19,7 +19,8 @@ FLOORS = [
     {"models", "data"},
     {"training", "extraction", "perturbation", "attribution", "evaluation", "report"},
     {"experiments", "doctor"},
-    {"cli", "__init__", "__main__"},
+    {"cli"},
+    {"__init__", "__main__"},
 ]
 FLOOR_OF = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 
