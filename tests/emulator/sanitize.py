@@ -48,7 +48,7 @@ def main() -> int:
         sys.exit(reason)
     emulator.build(SANITIZERS)
     emulator.build(SANITIZERS, "casm_fast_planted")
-    arguments = sys.argv[1:] or ["tests", "-q", "-k", "emulated", "-p", "no:cacheprovider"]
+    arguments = sys.argv[1:] or ["tests", "-q", "-k", "emulated", "-n", "2"]
     command = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(command, env=environment(), cwd=emulator.ROOT).returncode
 
