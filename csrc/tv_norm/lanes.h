@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -14,12 +15,20 @@
 
 namespace casm_fast {
 
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <typename T>
-constexpr int kLanes = 64 / sizeof(T);
+constexpr int kLanes = kVectorBytes / sizeof(T);
 
 template <typename T>
 struct Lanes {
-  using Vector __attribute__((vector_size(64))) = T;
+  using Vector __attribute__((vector_size(kVectorBytes))) = T;
   Vector v;
 
   static Lanes load(const T* from) {
@@ -65,10 +74,9 @@ inline Lanes<T> select(const Condition& condition, const Lanes<T>& yes, const La
 template <typename T>
 inline Lanes<T> one_later(const Lanes<T>& before, const Lanes<T>& now) {
 #if defined(__clang__)
-  if constexpr (sizeof(T) == 4)
-    return {__builtin_shufflevector(before.v, now.v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30)};
-  else
-    return {__builtin_shufflevector(before.v, now.v, 7, 8, 9, 10, 11, 12, 13, 14)};
+  return [&]<int... j>(std::integer_sequence<int, j...>) {
+    return Lanes<T>{__builtin_shufflevector(before.v, now.v, (j + kLanes<T> - 1)...)};
+  }(std::make_integer_sequence<int, kLanes<T>>());
 #else
   return {__builtin_shuffle(before.v, now.v, lane_numbers<T>().v + (kLanes<T> - 1))};
 #endif
@@ -84,22 +92,18 @@ inline Lanes<double> inverse_square_root(const Lanes<double>& s) {
 // small.
 inline Lanes<float> inverse_square_root(const Lanes<float>& s) {
 #if defined(__SSE2__)
-  Lanes<float> guess;
+  using Vector = Lanes<float>::Vector;
 #if defined(__AVX512F__)
   const __m512 normal = _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(s.v), _mm512_set1_ps(FLT_MIN));
-  guess.v = reinterpret_cast<Lanes<float>::Vector>(_mm512_maskz_rsqrt14_ps(0xffff, normal));
+  const Vector guess = reinterpret_cast<Vector>(_mm512_maskz_rsqrt14_ps(0xffff, normal));
 #elif defined(__AVX2__)
-  __m256 parts[2];
-  std::memcpy(parts, &s.v, sizeof parts);
-  for (__m256& part : parts) part = _mm256_rsqrt_ps(_mm256_max_ps(part, _mm256_set1_ps(FLT_MIN)));
-  std::memcpy(&guess.v, parts, sizeof parts);
+  const __m256 normal = _mm256_max_ps(reinterpret_cast<__m256>(s.v), _mm256_set1_ps(FLT_MIN));
+  const Vector guess = reinterpret_cast<Vector>(_mm256_rsqrt_ps(normal));
 #else
-  __m128 parts[4];
-  std::memcpy(parts, &s.v, sizeof parts);
-  for (__m128& part : parts) part = _mm_rsqrt_ps(_mm_max_ps(part, _mm_set1_ps(FLT_MIN)));
-  std::memcpy(&guess.v, parts, sizeof parts);
+  const __m128 normal = _mm_max_ps(reinterpret_cast<__m128>(s.v), _mm_set1_ps(FLT_MIN));
+  const Vector guess = reinterpret_cast<Vector>(_mm_rsqrt_ps(normal));
 #endif
-  return {guess.v * (1.5f - 0.5f * s.v * guess.v * guess.v)};
+  return {guess * (1.5f - 0.5f * s.v * guess * guess)};
 #else
   return Lanes<float>::each([&](int j) { return 1 / std::sqrt(s.v[j] > FLT_MIN ? s.v[j] : FLT_MIN); });
 #endif

@@ -1,6 +1,6 @@
 // tv_norm on the CPU.
 //
-// One loop serves the value, the gradient and both at once, and walks down the rows in vectors of 64 bytes. The
+// One loop serves the value, the gradient and both at once, and walks down the rows in vectors. The
 // gradient is a gather: the flows of a vector to the right are handed on to the next one in a register, those downwards
 // to the next row in a buffer. The last vector of a row runs over into the next row, and what it finds there is masked.
 // Bytes per float pixel: 4 for the value, 8 for the gradient and for both. Planes are cut into blocks of rows, the same
