@@ -1,10 +1,10 @@
 """Registers, spills and shared memory of every CUDA kernel, as a table.
 
-    python benchmarks/kernels.py [--archs 80,90,100] [--all] [ROOM ...]
+    python benchmarks/kernels.py [--archs 80,90,100] [--all] [--strict] [ROOM ...]
 
 Compiles the .cu files once more with the commands of the build (build/cmake/compile_commands.json)
 and reads what ptxas says. A line is one kernel: the worst of its instantiations, or each of them
-with --all. Exits with 1 where a kernel spills, so that it can guard a change.
+with --all. --strict exits with 1 where a kernel spills.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("--archs", default="80,90,100", help="compute capabilities")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "cmake", help="build folder")
     parser.add_argument("--all", action="store_true", help="a line for each instantiation")
+    parser.add_argument("--strict", action="store_true", help="fail where a kernel spills")
     options = parser.parse_args()
     archs = options.archs.split(",")
     found = commands(options.build, options.rooms)
@@ -131,7 +132,9 @@ def main() -> int:
     for (room, name), row in table.items():
         cells = [f"{u.registers} / {u.spilled} / {u.shared}" for u in row.values()]
         print(f"| {room} | {name} | {counts[room, name]} | " + " | ".join(cells) + " |")
-    return int(any(use.spilled for row in table.values() for use in row.values()))
+    return int(
+        options.strict and any(use.spilled for row in table.values() for use in row.values())
+    )
 
 
 if __name__ == "__main__":
