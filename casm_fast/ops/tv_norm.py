@@ -129,7 +129,7 @@ def _fake_with_gradient(
 
 
 # The forward pass keeps the mask, not its gradient: writing one and multiplying it by grad_value
-# later moves more bytes than computing it in the backward pass, and measures slower.
+# later moves more bytes than computing it in the backward pass.
 def _setup(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
     mask, ctx.beta, ctx.isotropic = inputs
     ctx.save_for_backward(mask)
