@@ -42,7 +42,7 @@ CASES = [
             (256, 3, 224),
             (1, 3, 1024),
         )
-        for sigma in (0.5, 2.5, 5.0, 20.0, 40.0)
+        for sigma in (0.5, 2.5, 20.0, 40.0)
     ),
 ]
 # Worst error measured, of images in [0, 1]: 5e-7 ours, 1.3e-6 the peers (the convolutions).

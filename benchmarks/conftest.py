@@ -27,6 +27,8 @@ import torch
 Competitor = Callable[[], Any]
 
 KEEP = 5  # rounds that are run however long they take
+FAR_BEHIND = 20  # a rival this many times slower than we are is out after
+FEW = 2  # rounds: more would measure the same loss for minutes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -154,12 +156,13 @@ def race(
             if name not in inexact:
                 assert errors[name] <= allowed, f"{op} {case}: {name} is off by {errors[name]:.3g}"
         seconds: dict[str, list[float]] = {name: [] for name in field}
-        repeats = {
-            n: max(1, int(2e-4 / max(_seconds(c, 1, device), 1e-7))) for n, c in field.items()
-        }
+        warm = {name: max(_seconds(call, 1, device), 1e-7) for name, call in field.items()}
+        repeats = {name: max(1, int(2e-4 / once)) for name, once in warm.items()}
         start = time.perf_counter()
         while len(seconds["ours"]) < KEEP or time.perf_counter() - start < limit:
             for name, call in field.items():
+                if warm[name] > FAR_BEHIND * warm["ours"] and len(seconds[name]) >= FEW:
+                    continue
                 seconds[name].append(_seconds(call, repeats[name], device))
 
         def row(name: str) -> dict[str, Any]:

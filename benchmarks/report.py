@@ -27,7 +27,8 @@ Rendered from the JSON under `benchmarks/results/` by `make bench-report`; measu
 
 How to read it. Every result was checked against the specification before it was timed. All
 competitors of a row ran in one process with the same threads, in turn (A B C A B C ...), with an
-allocator that keeps freed memory; times are medians, with the 10th and 90th percentile. *Ratio* is
+allocator that keeps freed memory; times are medians, with the 10th and 90th percentile; a rival
+more than twenty times slower than we are runs in two rounds only. *Ratio* is
 the best exact peer's time over ours: above 1 we win, **below 1 we lose**. *Copy* is our compulsory
 traffic (every input read once, every output written once) as a share of a large copy measured in
 the same process; above 100 % the data stayed in cache. Peers marked † do not compute the same thing

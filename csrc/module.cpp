@@ -59,7 +59,11 @@ std::string flags_of(const std::string& set) {
 py::dict build_info() {
   py::dict info;
   info["version"] = CASM_FAST_VERSION;
+#ifdef __clang__
   info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
   info["torch"] = CASM_FAST_TORCH_VERSION;
   info["instruction_sets"] = py::module_::import("builtins").attr("str")(CASM_FAST_INSTRUCTION_SETS).attr("split")(",");
   info["instruction_set"] = loaded_set;
