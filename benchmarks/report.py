@@ -7,7 +7,6 @@ losses stand beside wins.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +93,32 @@ def losses(races: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def family(race: dict[str, Any]) -> str:
+    """The op that a race is about: 'blend, forward and mask gradient' -> 'blend'."""
+    return race["op"].split(",")[0].split(" ")[0]
+
+
+def with_gradient(race: dict[str, Any]) -> bool:
+    return race["op"] != family(race)
+
+
 def picture(races: list[dict[str, Any]], path: Path, device: str, copy: float) -> None:
     """Each op's cases: time against compulsory bytes, with the line of the measured copy."""
-    by_op = defaultdict(list)
-    for race in races:
-        by_op[race["op"]].append(race)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for op, members in by_op.items():
-        axes.scatter(
-            [race["bytes"] / 1e6 for race in members],
-            [race["gigabytes_per_second"] for race in members],
-            label=op,
-            s=28,
-            alpha=0.85,
-        )
+    names = list(dict.fromkeys(family(race) for race in races))
+    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    for index, name in enumerate(names):
+        for gradient, marker in ((False, "o"), (True, "^")):
+            members = [r for r in races if family(r) == name and with_gradient(r) == gradient]
+            axes.scatter(
+                [race["bytes"] / 1e6 for race in members],
+                [race["gigabytes_per_second"] for race in members],
+                label=f"{name}, with gradient" if gradient else name,
+                color=f"C{index}",
+                marker=marker,
+                s=30,
+                alpha=0.85,
+                zorder=3,
+            )
     axes.axhline(copy, color="black", linewidth=1)
     axes.annotate(
         f"copy, {copy:.0f} GB/s",
@@ -125,7 +136,9 @@ def picture(races: list[dict[str, Any]], path: Path, device: str, copy: float) -
     )
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    kept = [(h, name) for h, name in zip(handles, labels, strict=True) if len(h.get_offsets())]
+    figure.legend(*zip(*kept, strict=True), frameon=False, fontsize=9, loc="outside right center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
