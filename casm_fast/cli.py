@@ -8,6 +8,7 @@ Ctrl-C; 143 by SIGTERM.
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import logging
 import os
@@ -52,15 +53,15 @@ QUICK_IMAGES, QUICK_PRETRAIN_EPOCHS, QUICK_EPOCHS = 2000, 8, 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verb:
+class Verb(abc.ABC):
     """What every verb takes."""
 
     verbose: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show tracebacks and debug messages."""
 
+    @abc.abstractmethod
     def run(self) -> None:
         """Do it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import platform
 import time
@@ -26,6 +25,7 @@ from casm_fast.extraction.config import ExtractConfig
 from casm_fast.extraction.extractor import Extractor
 from casm_fast.extraction.rows import Row, error_row, label_numbers, measured_rows, to_table
 from casm_fast.models import checkpoint
+from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def extract(
     file = None
     if not isinstance(model, SaliencyModel):
         file = Path(model)
-        model = checkpoint.load(file, device=_device(config.device))
+        model = checkpoint.load(file, device=choose_device(config.device))
     images = open_source(source, split="val")
     if len(images) == 0:
         raise ValueError(f"{images.name}: expected at least one image, got none")
@@ -111,7 +111,7 @@ def extract(
         connectivity=config.connectivity,
     )
     home = next(model.parameters()).device
-    device = home if config.device == "auto" else _device(config.device)
+    device = home if config.device == "auto" else choose_device(config.device)
     with _borrowed(model, device):
         extractor = Extractor(model, convention, device, config.amp)
         rows, saliency_size = _run(extractor, images, config)
@@ -123,7 +123,7 @@ def extract(
         saliency_size=saliency_size,
         classes=tuple(model.classes),
         checkpoint=None if file is None else str(file),
-        model=fingerprint(model),
+        model=checkpoint.fingerprint(model),
         config=dataclasses.asdict(config),
         device=_device_name(device),
         seconds=seconds,
@@ -135,15 +135,6 @@ def extract(
     if errors:
         logger.warning("%d of %d images could not be read; their rows say why", errors, len(rows))
     return Extraction(table, path, len(rows), errors, seconds)
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers, whatever device they are on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _run(
@@ -221,20 +212,6 @@ def _borrowed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)
         for module in training:
             module.training = True
-
-
-def _device(name: str) -> torch.device:
-    """``"auto"`` is the GPU when there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device: expected 'auto', 'cpu' or a GPU of this machine, got {name!r}"
-        ) from error
-    return device
 
 
 def _device_name(device: torch.device) -> str:

@@ -25,6 +25,7 @@ import torch
 from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_batches
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.models import checkpoint
+from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel, build_model
 from casm_fast.training import state
 from casm_fast.training.config import TrainConfig
@@ -123,24 +124,6 @@ def build_networks(config: TrainConfig, source: ImageSource) -> SaliencyModel:
         tap0_projection=config.tap0_projection,
         input_size=recipe.input_size,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """``"auto"`` is the GPU when there is one.
-
-    Raises:
-        ValueError: When the device does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device: expected 'auto', 'cpu' or a GPU of this machine, got {name!r}"
-        ) from error
-    return device
 
 
 def prepare_folder(config: TrainConfig) -> Path:
