@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Painted(SaliencyModel):
         self.input_size = 32
         self.resize_policy = "crop"
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.classifier = self.decoder = SimpleNamespace(description=dict)
+        self.separate_encoder = None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         saliency = images[:, :1, :: self.cell, :: self.cell]
