@@ -83,6 +83,7 @@ def test_initialisation_is_the_authors() -> None:
 
 def test_chosen_taps_keep_the_finest_resolution() -> None:
     decoder = Decoder(RESNET50, tap_indices=(3, 4))
+    assert Decoder(RESNET50, tap_indices=(-2, -1)).tap_indices == decoder.tap_indices == (3, 4)
     taps = random_taps(RESNET50, (8, 8, 4, 2, 1))
     saliency = decoder(taps)
     assert saliency.shape == (2, 1, 8, 8)

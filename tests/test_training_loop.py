@@ -317,6 +317,14 @@ def test_other_configurations_run(fields: dict[str, Any], tmp_path: Path) -> Non
     assert model.extra["training"]["strategy"] == fields["strategy"]
 
 
+def test_the_masked_in_objective_trains_a_decoder_on_the_coarsest_taps(tmp_path: Path) -> None:
+    run = train(tiny(tmp_path / "both", objective="masked_in_out", epochs=1), sources=sources())
+    model = load(run.folder)
+    assert model.decoder.tap_indices == tuple(range(len(model.decoder.tap_channels)))[-2:]
+    steps = [row for row in records(run) if (row["phase"], row["split"]) == ("casm", "train")]
+    assert all(0 <= row["masked_in_accuracy"] <= 1 for row in steps)
+
+
 def test_without_validation_there_are_no_scores(tmp_path: Path) -> None:
     run = train(tiny(tmp_path / "run", epochs=1, pretrain_epochs=0), sources=(sources()[0], None))
     assert run.scores == {}

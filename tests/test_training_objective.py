@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from casm_fast.training.config import EMBEDDED, PAPER, Strategy, TrainConfig, lambda_preset
-from casm_fast.training.objective import classification_loss, mask_loss, prediction_entropy
+from casm_fast.training.objective import (
+    classification_loss,
+    mask_loss,
+    masked_in_loss,
+    prediction_entropy,
+    smoothness,
+)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -75,16 +82,58 @@ def test_entropy_and_classification_loss_by_hand() -> None:
     uniform = torch.zeros(1, 5)
     assert float(prediction_entropy(uniform)) == pytest.approx(math.log(5))
     assert float(prediction_entropy(torch.tensor([[1e4, 0.0, 0.0]]))) == 0.0
-    loss = classification_loss(uniform, torch.tensor([[0.0, 0, 0, 0, 50]]), torch.tensor([4]))
-    assert float(loss) == pytest.approx(0.5 * math.log(5), abs=1e-6)
+    certain = torch.tensor([[0.0, 0, 0, 0, 50]])
+    loss = classification_loss([uniform, certain], torch.tensor([4]))
+    assert float(loss) == pytest.approx(math.log(5) / 2, abs=1e-6)
+    loss = classification_loss([uniform, certain, certain], torch.tensor([4]))
+    assert float(loss) == pytest.approx(math.log(5) / 3, abs=1e-6)
+
+
+def test_masked_in_loss_is_its_formula() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    labels[0] = logits[0].argmax()
+    saliency = torch.rand(6, 1, 3, 5, generator=generator, dtype=torch.float64)
+    expected = 0.0
+    for row, label, pixels in zip(logits.tolist(), labels.tolist(), saliency, strict=True):
+        expected -= math.log(softmax(row)[label])
+        if row.index(max(row)) == label:
+            expected += 1.7 * float(pixels.sum()) / 15
+    assert 0 < int((logits.argmax(1) == labels).sum()) < 6
+    assert float(masked_in_loss(logits, labels, saliency, 1.7)) == pytest.approx(
+        expected / 6, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_smoothness_is_the_variation_of_the_enlarged_mask(factor: int) -> None:
+    """The successor's penalty, pixel by pixel on the mask as large as the image."""
+    generator = torch.Generator().manual_seed(5)
+    saliency = torch.rand(2, 1, 3, 4, generator=generator, dtype=torch.float64)
+    large = F.interpolate(saliency, scale_factor=factor, mode="nearest")
+    height, width = large.shape[-2:]
+    expected = 0.0
+    for mask in large[:, 0].tolist():
+        for y in range(height):
+            for x in range(width):
+                if y + 1 < height:
+                    expected += (mask[y + 1][x] - mask[y][x]) ** 2
+                if x + 1 < width:
+                    expected += (mask[y][x + 1] - mask[y][x]) ** 2
+        expected += 0.3 * sum(value**2 for value in (*mask[0], *mask[-1]))
+        expected += 0.3 * sum(row[0] ** 2 + row[-1] ** 2 for row in mask)
+    assert float(smoothness(saliency, height, width)) == pytest.approx(expected / 2, rel=1e-12)
+    saliency.requires_grad_()
+    assert torch.autograd.gradcheck(lambda mask: smoothness(mask, height, width), (saliency,))
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:
     logits = torch.randn(4, 10).to(torch.bfloat16)
     labels = torch.arange(4)
-    loss = classification_loss(logits, logits, labels)
+    loss = classification_loss([logits, logits], labels)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, classification_loss(logits.float(), logits.float(), labels))
+    assert torch.equal(loss, classification_loss([logits.float()] * 2, labels))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +158,21 @@ def test_lambda_presets_are_the_authors_for_1000_classes(
     assert lambda_preset(strategy, score, 8) == pytest.approx(
         authors * math.log(8) / math.log(1000)
     )
+
+
+@pytest.mark.parametrize(("strategy", "authors"), [("F", 10), ("L", 15), ("L100", 15)])
+def test_lambda_presets_of_the_successor(strategy: str, authors: float) -> None:
+    for score in ("entropy", "classification"):
+        assert lambda_preset(strategy, score, 1000, "masked_in_out") == pytest.approx(authors)
+    assert TrainConfig().lambda_in_value(1000) == pytest.approx(1.0)
+    assert TrainConfig().lambda_in_value(8) == pytest.approx(math.log(8) / math.log(1000))
+    assert TrainConfig(lambda_in=3).lambda_in_value(8) == 3.0
+
+
+def test_the_successor_reads_the_coarsest_two_taps() -> None:
+    assert TrainConfig().tap_indices() is None
+    assert TrainConfig(objective="masked_in_out").tap_indices() == (-2, -1)
+    assert TrainConfig(objective="masked_in_out", taps=(0, 4)).tap_indices() == (0, 4)
 
 
 def test_strategies_are_read() -> None:
@@ -167,6 +231,13 @@ def test_recipe_follows_the_data_and_yields_to_what_is_set() -> None:
         ({"lambda_r": -1}, "lambda_r: expected a number >= 0, 'preset' or 'auto', got -1"),
         ({"lambda_r": "high"}, "lambda_r: expected a number >= 0, 'preset' or 'auto', got 'high'"),
         ({"lambda_r": math.inf}, "lambda_r: expected a number >= 0, 'preset' or 'auto', got inf"),
+        ({"lambda_in": -1}, "lambda_in: expected a number >= 0 or 'preset', got -1"),
+        ({"lambda_in": "auto"}, "lambda_in: expected a number >= 0 or 'preset', got 'auto'"),
+        ({"lambda_tv": -0.5}, "lambda_tv: expected a number >= 0, got -0.5"),
+        (
+            {"objective": "both"},
+            "objective: expected one of masked_out, masked_in_out, got 'both'",
+        ),
         (
             {"infill_colour": (0.0, 2.0, 0.0)},
             "infill_colour: expected three numbers from 0 to 1, got (0.0, 2.0, 0.0)",
@@ -188,5 +259,6 @@ def test_description_is_json_and_complete() -> None:
     described = TrainConfig(output=Path("runs/x")).describe()
     assert json.loads(json.dumps(described)) == described
     assert described["output"] == "runs/x"
-    # Only `output` and tap0_projection ("as the network needs") may stay open.
-    assert [name for name, value in described.items() if value is None] == ["tap0_projection"]
+    # Only `output` and what the network decides may stay open.
+    unset = [name for name, value in described.items() if value is None]
+    assert unset == ["taps", "tap0_projection"]

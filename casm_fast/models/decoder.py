@@ -33,8 +33,9 @@ class Decoder(nn.Module):
         tap_channels: channels of all taps of the encoder, coarse last.
         width: filters of the 1x1 convolutions.
         tap0_projection: project tap 0 like the others.
-        tap_indices: which taps are read; None for all. ``(3, 4)`` is the choice of Phang et al.
-            (2020). The saliency has the resolution of the encoder's tap 0 whichever are read.
+        tap_indices: which taps are read, -1 being the coarsest; None for all. ``(3, 4)`` is the
+            choice of Phang et al. (2020). The saliency has the resolution of the encoder's tap 0
+            whichever are read.
 
     Attributes:
         projections: the 1x1 convolutions by tap index, as strings.
@@ -51,12 +52,13 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         count = len(tap_channels)
-        indices = tuple(range(count)) if tap_indices is None else tuple(tap_indices)
+        asked = tuple(range(count)) if tap_indices is None else tuple(tap_indices)
+        indices = tuple(index + count if index < 0 else index for index in asked)
         valid = all(0 <= index < count for index in indices)
         if not indices or not valid or list(indices) != sorted(set(indices)):
             raise ValueError(
                 f"Decoder: expected `tap_indices` to be rising indices of {count} taps "
-                f"(0 to {count - 1}), got {list(indices)}"
+                f"(0 to {count - 1}), got {list(asked)}"
             )
         if width < 1:
             raise ValueError(f"Decoder: expected `width` of at least 1, got {width}")

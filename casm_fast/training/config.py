@@ -24,6 +24,7 @@ from typing import Any, Literal
 from casm_fast.data.loading import Augment
 
 Score = Literal["entropy", "classification"]
+Objective = Literal["masked_out", "masked_in_out"]
 ClassifierUpdate = Literal["joint", "alternating"]
 Infill = Literal["mean", "colour", "blur", "noise"]
 
@@ -43,6 +44,13 @@ AUTHORS_LAMBDA: dict[tuple[str, Score], float] = {
     ("Lk", "classification"): 17.0,
 }
 AUTHORS_CLASSES = 1000
+
+# The published settings of the successor, whose masks are scored on what they keep as well: Phang,
+# Park and Geras, "Investigating and simplifying masking-based saliency methods" (2020).
+SUCCESSOR_LAMBDA_OUT = {"fixed": 10.0, "trained": 15.0}
+SUCCESSOR_LAMBDA_IN = 1.0
+SUCCESSOR_LAMBDA_TV = 1e-3
+SUCCESSOR_TAPS = (-2, -1)  # the coarsest two: layer3 and layer4 of a ResNet
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,14 @@ class Strategy:
         )
 
 
-def lambda_preset(strategy: str, score: Score, classes: int) -> float:
+def in_units_of_entropy(authors: float, classes: int) -> float:
+    """A coefficient tuned for ImageNet, carried over to K classes: times ln K / ln 1000."""
+    return authors / math.log(AUTHORS_CLASSES) * math.log(classes)
+
+
+def lambda_preset(
+    strategy: str, score: Score, classes: int, objective: Objective = "masked_out"
+) -> float:
     """The authors' lambda_R for a strategy and a score, carried over to another number of classes.
 
     lambda_R weighs the mean saliency, a number in [0, 1], against the score of the masked-out
@@ -98,12 +113,17 @@ def lambda_preset(strategy: str, score: Score, classes: int) -> float:
         strategy: See `Strategy.parse`.
         score: ``"entropy"`` or ``"classification"``.
         classes: K, at least 2.
+        objective: ``"masked_in_out"``: the successor's weights, 10 for a fixed classifier and 15
+            for one in training, whatever the score.
 
     Returns:
         lambda_R, in nats.
     """
+    if objective == "masked_in_out":
+        kind = "fixed" if Strategy.parse(strategy).fixed else "trained"
+        return in_units_of_entropy(SUCCESSOR_LAMBDA_OUT[kind], classes)
     row = strategy if strategy in ("F", "L", "FL") else "Lk"
-    return AUTHORS_LAMBDA[row, score] / math.log(AUTHORS_CLASSES) * math.log(classes)
+    return in_units_of_entropy(AUTHORS_LAMBDA[row, score], classes)
 
 
 @dataclass(frozen=True)
@@ -189,6 +209,10 @@ class TrainConfig:
     """Thinning of the classifier history: F, L, FL, or Lk for a snapshot every k steps
     (L100 everywhere by default)."""
 
+    objective: Objective = "masked_out"
+    """What the mask is learned from: what is left without it (CASM, eq. 7), or also what it keeps
+    (Phang, Park and Geras 2020)."""
+
     score: Score = "entropy"
     """What the mask maximises on the masked-out image: the judge's entropy, or its classification
     loss."""
@@ -196,6 +220,14 @@ class TrainConfig:
     lambda_r: float | Literal["preset", "auto"] = "preset"
     """Weight of the mean saliency: a number, the authors' preset in units of ln(classes), or
     steered to `target_saliency`."""
+
+    lambda_in: float | Literal["preset"] = "preset"
+    """Weight of the mean saliency where the judge is right on the masked-in image, for
+    objective="masked_in_out": a number, or the authors' 1.0 in units of ln(classes)."""
+
+    lambda_tv: float = SUCCESSOR_LAMBDA_TV
+    """Weight of the mask's smoothness at the image's resolution, for
+    objective="masked_in_out"."""
 
     target_saliency: float = 0.5
     """Mean saliency that lambda_r="auto" steers to (the paper's 50 % of the pixels)."""
@@ -229,6 +261,10 @@ class TrainConfig:
     shared_encoder: bool = True
     """The decoder reads the classifier's own activations; otherwise a second encoder is trained
     with the mask objective."""
+
+    taps: tuple[int, ...] | None = None
+    """Which taps the decoder reads: 0 is the finest, -1 the coarsest; default: all, or the coarsest
+    two for objective="masked_in_out"."""
 
     tap0_projection: bool | None = None
     """A 1x1 convolution on the finest tap too (the paper's text); default: none for ResNets, as in
@@ -366,6 +402,12 @@ class TrainConfig:
             raise ValueError(
                 f"lambda_r: expected a number >= 0, 'preset' or 'auto', got {self.lambda_r!r}"
             )
+        if self.lambda_in != "preset" and (
+            isinstance(self.lambda_in, (str, bool)) or not 0 <= self.lambda_in < math.inf
+        ):
+            raise ValueError(
+                f"lambda_in: expected a number >= 0 or 'preset', got {self.lambda_in!r}"
+            )
         if len(self.infill_colour) != 3 or not all(0 <= level <= 1 for level in self.infill_colour):
             raise ValueError(
                 f"infill_colour: expected three numbers from 0 to 1, got {self.infill_colour!r}"
@@ -392,17 +434,30 @@ class TrainConfig:
         """The same configuration with every field that was `None` filled in (`output` excepted)."""
         return replace(self, **dataclasses.asdict(self.recipe()))
 
+    def tap_indices(self) -> tuple[int, ...] | None:
+        """The taps that the decoder reads; `None` for all."""
+        if self.taps is None and self.objective == "masked_in_out":
+            return SUCCESSOR_TAPS
+        return self.taps
+
     def lambda_value(self, classes: int) -> float:
         """The number that lambda_R starts from: the one given, or `lambda_preset`."""
         if isinstance(self.lambda_r, str):
-            return lambda_preset(self.recipe().strategy, self.score, classes)
+            return lambda_preset(self.recipe().strategy, self.score, classes, self.objective)
         return float(self.lambda_r)
+
+    def lambda_in_value(self, classes: int) -> float:
+        """The number that `lambda_in` stands for."""
+        if isinstance(self.lambda_in, str):
+            return in_units_of_entropy(SUCCESSOR_LAMBDA_IN, classes)
+        return float(self.lambda_in)
 
     def describe(self) -> dict[str, Any]:
         """The resolved fields as JSON values, for config.json, checkpoints and comparisons."""
         described = dataclasses.asdict(self.resolved())
         described["output"] = None if self.output is None else str(self.output)
         described["infill_colour"] = list(self.infill_colour)
+        described["taps"] = None if self.taps is None else list(self.taps)
         return described
 
 
@@ -428,6 +483,7 @@ FREE_FIELDS = frozenset(
 )
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("masked_out", "masked_in_out"),
     "score": ("entropy", "classification"),
     "classifier_update": ("joint", "alternating"),
     "history_device": ("auto", "device", "host"),
@@ -441,6 +497,7 @@ _MOST = 2**31 - 1
 _TINY = 1e-30  # "greater than zero" for a rate: anything smaller than this cannot be meant
 
 RANGES: dict[str, tuple[type[int] | type[float], float, float, str]] = {
+    "lambda_tv": (float, 0.0, 1e30, "a number >= 0"),
     "target_saliency": (float, 0.01, 0.99, "a number from 0.01 to 0.99"),
     "history_probability": (float, 0.0, 1.0, "a probability from 0 to 1"),
     "history_size": (int, 1, _MOST, "a whole number >= 1"),

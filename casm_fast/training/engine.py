@@ -10,6 +10,9 @@ The flow of a CASM step::
     classifier:  gradient of eq. 8                        both gradients first,
     decoder:     gradient of -S(m, f'), decoder alone     then both steps
 
+With ``objective="masked_in_out"`` f' sees the masked-in images m x as well, and so does the
+classifier.
+
 Nothing here waits for the device: statistics are summed where they arise until `Engine.statistics`
 reads them.
 """
@@ -33,15 +36,24 @@ from casm_fast.training.objective import (
     classification_loss,
     full_precision,
     mask_loss,
+    masked_in_loss,
     prediction_entropy,
+    smoothness,
 )
 
 PHASES = ("pretrain", "casm")
 
 # What is summed over images between two log lines. `loss`: cross-entropy (pre-training) or eq. 8;
 # `entropy`: of the judge on the masked-out images, nats; `accuracy`: live classifier, clean images;
-# `masked_accuracy`: judge, masked-out images.
-STATISTICS = ("loss", "entropy", "mean_saliency", "accuracy", "masked_accuracy")
+# `masked_accuracy`: judge, masked-out images; `masked_in_accuracy`: judge, masked-in images.
+STATISTICS = (
+    "loss",
+    "entropy",
+    "mean_saliency",
+    "accuracy",
+    "masked_accuracy",
+    "masked_in_accuracy",
+)
 
 # lambda_R = "auto" moves ln(lambda_R) by this much per step and unit of excess saliency: an error
 # of 0.1 in the mean saliency changes lambda_R by 1 % in 5 steps, slowly enough for the decoder to
@@ -86,6 +98,8 @@ class Engine:
             seed=config.seed,
         )
         self.lambda_r = torch.tensor(config.lambda_value(classes), device=device)
+        self.lambda_in = config.lambda_in_value(classes)
+        self.masks_in = config.objective == "masked_in_out"
         colour = (torch.tensor(config.infill_colour) - torch.tensor(model.mean)) / torch.tensor(
             model.std
         )
@@ -171,6 +185,7 @@ class Engine:
                 zero,
                 _hits(logits, labels),
                 zero,
+                zero,
             )
 
     def _casm_step(self, images: Tensor, labels: Tensor, index: int) -> None:
@@ -190,29 +205,35 @@ class Engine:
         with self._autocast():
             # The taps of a shared encoder are detached in there.
             saliency = full_precision(model.decode(images, taps))
-            masked = self.masked_out(images, saliency)
-            judge_logits = (
+            kinds = self.masked(images, saliency)
+            judged = [
                 self._classify_masked(masked)
                 if snapshot is None
                 else self.history.judge(snapshot, masked)
-            )
-            live_logits = judge_logits
+                for masked in kinds
+            ]
+            live = judged
             if snapshot is not None and not alternating:
-                live_logits = self._classify_masked(masked.detach())
+                live = [self._classify_masked(masked.detach()) for masked in kinds]
 
-        loss = classification_loss(
-            logits, live_logits.detach() if alternating else live_logits, labels
-        )
+        if alternating:
+            live = [masked_logits.detach() for masked_logits in live]
+        loss = classification_loss([logits, *live], labels)
         theta_gradients: Sequence[Tensor | None] | None = None
         if alternating and snapshot is None:
-            theta_gradients = _gradients(
-                F.cross_entropy(full_precision(judge_logits), labels), theta, retain=True
-            )
+            masked_loss = len(judged) * classification_loss(judged, labels)
+            theta_gradients = _gradients(masked_loss, theta, retain=True)
         elif not alternating and not self.strategy.fixed:
             theta_gradients = _gradients(loss, theta, retain=snapshot is None)
         objective = mask_loss(
-            judge_logits, labels, correct, saliency, self.lambda_r, self.config.score
+            judged[0], labels, correct, saliency, self.lambda_r, self.config.score
         )
+        if self.masks_in:
+            objective = (
+                objective
+                + masked_in_loss(judged[1], labels, saliency, self.lambda_in)
+                + self.config.lambda_tv * smoothness(saliency, images.shape[-2], images.shape[-1])
+            )
         mask_gradients = _gradients(objective, self.mask_parameters)
 
         if theta_gradients is not None:
@@ -233,14 +254,15 @@ class Engine:
                 torch.isfinite(loss) & torch.isfinite(objective),
                 labels.shape[0],
                 loss,
-                prediction_entropy(judge_logits).mean(),
+                prediction_entropy(judged[0]).mean(),
                 area,
                 correct.float().mean(),
-                _hits(judge_logits, labels),
+                _hits(judged[0], labels),
+                _hits(judged[-1], labels),
             )
 
     def _classify_masked(self, masked: Tensor) -> Tensor:
-        """The live classifier on masked-out images, ``[B, 3, H, W] -> [B, K]``.
+        """The live classifier on masked images, ``[B, 3, H, W] -> [B, K]``.
 
         In train mode it normalises by the batch. Whether the running statistics, which evaluation
         uses on clean images, follow too is `TrainConfig.masked_statistics`: where masks remove
@@ -266,15 +288,32 @@ class Engine:
         Returns:
             ``[B, 3, H, W]``, differentiable in `saliency`.
         """
-        reference: Tensor | None = None  # zero: the mean colour, images being normalised
-        if self.config.infill == "colour":
-            reference = self.infill_colour.to(images.dtype).expand_as(images)
-        elif self.config.infill == "blur":
-            reference = gaussian_blur(images, self.config.infill_sigma)
-        elif self.config.infill == "noise":
-            reference = torch.randn_like(images)
-        masked: Tensor = blend(images, reference, 1.0 - saliency)
+        masked: Tensor = blend(images, self._reference(images), 1.0 - saliency)
         return masked
+
+    def masked(self, images: Tensor, saliency: Tensor) -> list[Tensor]:
+        """What the judge sees: `masked_out`, and if the objective asks for it ``m x + (1 - m) r``.
+
+        Args:
+            images: Normalised, ``[B, 3, H, W]``.
+            saliency: m, ``[B, 1, h, w]``, at the decoder's resolution.
+
+        Returns:
+            One or two of ``[B, 3, H, W]``, differentiable in `saliency`.
+        """
+        reference = self._reference(images)
+        kept = [1.0 - saliency, saliency] if self.masks_in else [1.0 - saliency]
+        return [blend(images, reference, mask) for mask in kept]
+
+    def _reference(self, images: Tensor) -> Tensor | None:
+        """What masked pixels become; `None` is zero, the mean colour of normalised images."""
+        if self.config.infill == "colour":
+            return self.infill_colour.to(images.dtype).expand_as(images)
+        if self.config.infill == "blur":
+            return gaussian_blur(images, self.config.infill_sigma)
+        if self.config.infill == "noise":
+            return torch.randn_like(images)
+        return None
 
     def statistics(self) -> dict[str, float]:
         """Means over the images since the last call (one wait for the device), then start anew.
@@ -291,6 +330,8 @@ class Engine:
         }
         if self.phase == "pretrain":
             return {name: means[name] for name in ("loss", "accuracy")}
+        if not self.masks_in:
+            del means["masked_in_accuracy"]
         if self.config.lambda_r == "auto":
             means["lambda_r"] = float(self.lambda_r)
         return means

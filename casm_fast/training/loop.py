@@ -122,6 +122,7 @@ def build_networks(config: TrainConfig, source: ImageSource) -> SaliencyModel:
         shared=config.shared_encoder,
         width=recipe.decoder_width,
         tap0_projection=config.tap0_projection,
+        tap_indices=config.tap_indices(),
         input_size=recipe.input_size,
     )
 
