@@ -154,6 +154,10 @@ def test_class_names_are_pairs_without_repetition():
         ({"images": 4, "seed": -1}, "synthetic: expected `seed` of at least 0, got -1"),
         ({"images": 4, "classes": 33}, "synthetic: expected `classes` from 2 to 32, got 33"),
         (
+            {"images": 4, "emblem": 101},
+            "synthetic: expected `emblem` from 0 to 100 (percent of the pictures), got 101",
+        ),
+        (
             {"images": 4, "split": "test"},
             'synthetic: expected `split` "train" or "val", got \'test\'',
         ),
@@ -176,7 +180,7 @@ def test_specs_name_what_they_open():
         open_synthetic("image=40", "val")
     assert str(caught.value) == (
         "synthetic: expected options among train, val, images=N, size=N, classes=N, seed=N, "
-        "got 'image=40'"
+        "emblem=N, got 'image=40'"
     )
 
 
@@ -186,6 +190,80 @@ def test_the_default_set_is_drawn_quickly():
     # 0.6 s of processor time measured for a quarter of the training set; a slow machine gets ten
     # times.
     assert time.process_time() - start < 6
+
+
+# --- emblems: redundant evidence ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def marked():
+    return generate(600, split="val", emblem=100)
+
+
+def test_emblems_lie_on_top_of_the_plain_scenes(val, marked):
+    np.testing.assert_array_equal(marked.labels, val.labels[:600])
+    np.testing.assert_array_equal(marked.masks, val.masks[:600])
+    np.testing.assert_array_equal(marked.box_table, val.box_table[: val.box_starts[600]])
+    changed = (marked.images != val.images[:600]).any(-1)
+    # Emblem and shadow end at (0.88 + 0.35) / 0.88 of the emblem's radius, at most 6.5 pixels.
+    near = ndimage.binary_dilation(marked.emblem_masks, np.ones((1, 7, 7)))
+    assert not (changed & ~near).any()
+    assert changed[marked.emblem_masks].mean() > 0.99
+    assert not val.emblem_masks.any()
+
+
+def test_every_object_wears_one_emblem_inside_it(marked):
+    assert not (marked.emblem_masks & ~marked.masks).any()
+    for index in range(200):
+        count = ndimage.label(marked.emblem_masks[index], np.ones((3, 3)))[1]
+        assert count == len(marked.boxes(index))
+    # Areas in pixels: an emblem is a disc of 0.88 * 0.30 of its object's radius.
+    radius = marked.items.radius[:, 3:6] * marked.items.present[:, 3:6] * 64
+    expected = (np.pi * (0.88 * 0.30 * radius) ** 2).sum()
+    assert marked.emblem_masks.sum() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("emblem", "least", "most"), [(100, 0.97, 1.0), (60, 0.55, 0.75), (0, 0.05, 0.2)]
+)
+def test_the_emblem_alone_names_the_class_as_often_as_asked(marked, emblem, least, most):
+    # The rule knows nothing of shapes: nearest class mean of the emblem's hue, as a unit vector.
+    def hues(source, rows):
+        worn = source.emblem_masks[rows, ..., None]
+        red, green, blue = (source.images[rows] * worn).sum((1, 2)).T.astype(np.float64)
+        hue = np.stack([red - (green + blue) / 2, (green - blue) * 0.75**0.5], axis=1)
+        return hue / np.linalg.norm(hue, axis=1, keepdims=True)
+
+    known, new = hues(marked, slice(300, 600)), generate(300, split="val", emblem=emblem)
+    means = np.stack([known[marked.labels[300:] == k].mean(0) for k in range(8)])
+    guess = ((hues(new, slice(None))[:, None] - means) ** 2).sum(-1).argmin(1)
+    np.testing.assert_array_equal(new.labels, marked.labels[:300])
+    assert least <= (guess == new.labels).mean() <= most
+
+
+def test_without_its_emblem_the_colour_says_nothing_about_the_class(marked):
+    rest = ~marked.emblem_masks[..., None]
+    rest &= ~ndimage.binary_dilation(marked.emblem_masks, np.ones((1, 5, 5)))[..., None]
+    features = (marked.images * rest).sum((1, 2)) / rest.sum((1, 2))
+    means = np.stack([features[:300][marked.labels[:300] == k].mean(0) for k in range(8)])
+    guess = ((features[300:, None] - means) ** 2).sum(-1).argmin(1)
+    assert (guess == marked.labels[300:]).mean() < 0.125 + 0.07
+
+
+def test_emblem_specs_open_the_same_set_again_and_travel_into_trees(tmp_path, marked):
+    source = open_synthetic("emblem=100,images=20", "val")
+    assert source.name == "synthetic:val,images=20,emblem=100"
+    np.testing.assert_array_equal(source.images, marked.images[:20])
+    np.testing.assert_array_equal(source.emblem_masks, marked.emblem_masks[:20])
+    plain = open_synthetic("images=20", "val")
+    for name, scenes in (("marked", source), ("plain", plain)):
+        write_tree(tmp_path / name, None, scenes, sides=(64, 64), aspect=1.0, quality=100)
+    for index in range(20):
+        file = f"val/{wnid(source.label(index))}/ILSVRC2012_val_{index + 1:08d}.JPEG"
+        pictures = [np.asarray(Image.open(tmp_path / name / file)) for name in ("marked", "plain")]
+        assert np.abs(pictures[0].astype(int) - source.images[index]).mean() < 4
+        difference = np.abs(pictures[0].astype(int) - pictures[1]).sum(-1)
+        assert difference[source.emblem_masks[index]].mean() > 60
 
 
 # --- the tree -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ Floats = NDArray[np.floating[Any]]
 
 OUTLINE = 0.07  # width of an object's darker rim, as a share of its radius
 SHADOW = 0.35  # reach of the contact shadow, as a share of the radius
+LOG_STRETCH = 0.12  # of an item: its length changes by at most exp(LOG_STRETCH), either way
 # Nothing of an object, shadow included, is drawn beyond this many radii: the tip of a triangle's
 # shadow, (0.56 + 0.35) * 2, times the largest stretch, exp(0.12).
 REACH = 2.06

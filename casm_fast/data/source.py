@@ -78,6 +78,7 @@ def open_source(spec: str | Path | ImageSource, split: str = "val") -> ImageSour
     | spec | what |
     |---|---|
     | "synthetic", "synthetic:seed=3,images=400,size=64,classes=8" | the embedded set |
+    | "synthetic:emblem=100" | the same with a second, small cue to the class on every object |
     | "imagenet:DIR" | ImageNet in any layout, the split asked for |
     | "imagenet-val:DIR", "imagenet-train:DIR" | that split, whatever is asked for |
     | "folder:DIR" | class subfolders, or one flat folder; has no splits |

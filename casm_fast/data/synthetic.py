@@ -9,6 +9,11 @@ colours and the ground are random and say nothing about the class; nor do the di
 wear the same colours and textures on shapes that belong to no class. Some pictures show two or
 three objects of their class.
 
+With an emblem ("synthetic:emblem=100") the evidence is redundant: every object also wears a small
+disc whose hue names the class. A classifier can then be right without looking at shape or texture,
+and a mask that hides from it what it uses may be far smaller than the object. The scenes are those
+of the set without emblems, with the emblems on top.
+
 The same scenes can be written as a tree of JPEG files in ImageNet's layout (`write_tree`), drawn
 anew at every file's own size and aspect ratio.
 """
@@ -16,6 +21,7 @@ anew at every file's own size and aspect ratio.
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -29,6 +35,7 @@ from numpy.typing import NDArray
 from casm_fast.data.drawing import (
     CLASS_SHAPES,
     CLASS_TEXTURES,
+    LOG_STRETCH,
     SHAPES,
     TEXTURES,
     Backgrounds,
@@ -42,8 +49,14 @@ IMAGES = {"train": 4000, "val": 1000}
 """How many pictures each split has when nothing else is said."""
 
 DISTRACTORS = 3  # slots painted first
-OBJECTS = 3  # slots painted last, on top
+OBJECTS = 3  # slots painted after them, on top
 _OBJECT_SLOTS = slice(DISTRACTORS, DISTRACTORS + OBJECTS)
+# With emblems, one more slot per object is painted last. An emblem is a disc of this share of its
+# object's radius; 0.88 is the radius of the disc of `SHAPES`.
+EMBLEM = 0.30
+_EMBLEM_DEPTH = (
+    EMBLEM * 0.88 * np.exp(LOG_STRETCH)
+)  # an emblem's centre lies this deep in its object
 # Shapes reach 1.08 radii, stretched by exp(0.12): items this many radii apart cannot touch.
 _APART = 1.22
 _BLOCK = 128  # scenes per random stream and per drawing pass: its planes fit the cache
@@ -64,6 +77,8 @@ class SyntheticSource:
         masks: ``[N, S, S]`` bool, the union of the objects of the picture's class.
         split: "train" or "val"; the two share no picture.
         items: What the scenes show.
+        emblem_masks: ``[N, S, S]`` bool, the union of the emblems, each within its object; all
+            false without emblems.
         grounds: What it is painted on.
         box_table: ``[M, 4]`` int32 boxes of all pictures, one after the other.
         box_starts: ``[N + 1]``, where each picture's boxes begin in ``box_table``.
@@ -74,6 +89,7 @@ class SyntheticSource:
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     masks: NDArray[np.bool_]
+    emblem_masks: NDArray[np.bool_]
     split: str
     items: Items
     grounds: Backgrounds
@@ -134,12 +150,13 @@ def generate(
     seed: int = 0,
     *,
     split: str = "train",
+    emblem: int | None = None,
     workers: int = 2,
 ) -> SyntheticSource:
     """Draws a set.
 
-    The k-th picture depends on (seed, split, size, classes, k) alone: a larger set begins with the
-    pictures of a smaller one, and the number of workers does not matter.
+    The k-th picture depends on (seed, split, size, classes, emblem, k) alone: a larger set begins
+    with the pictures of a smaller one, and the number of workers does not matter.
 
     Args:
         images: How many, 1 or more.
@@ -147,6 +164,8 @@ def generate(
         classes: 2 to 32, see `class_names`.
         seed: 0 or more.
         split: "train" or "val"; they draw from separate random streams.
+        emblem: Percentage of the pictures whose emblems have the hue of their class, 0 to 100; in
+            the others it is a hue drawn at random among all classes. None: no emblems.
         workers: Threads.
 
     Raises:
@@ -158,20 +177,31 @@ def generate(
     for argument, value, least in (("images", images, 1), ("size", size, 16), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"synthetic: expected `{argument}` of at least {least}, got {value}")
+    if emblem is not None and not 0 <= emblem <= 100:
+        raise ValueError(
+            f"synthetic: expected `emblem` from 0 to 100 (percent of the pictures), got {emblem}"
+        )
 
     pictures = np.empty((images, size, size, 3), np.uint8)
     masks = np.empty((images, size, size), np.bool_)
+    emblem_masks = np.zeros((images, size, size), np.bool_)
     starts = range(0, images, _BLOCK)
 
     def draw(start: int) -> tuple[NDArray[np.int64], Items, Backgrounds, list[NDArray[np.int32]]]:
         count = min(_BLOCK, images - start)
         stream = np.random.SeedSequence([seed, list(IMAGES).index(split), start // _BLOCK])
         labels, items, grounds = _sample(np.random.default_rng(stream), classes, start)
+        if emblem is not None:
+            own = np.random.default_rng(stream.spawn(1)[0])
+            items = _with_emblems(own, items, labels, classes, emblem / 100)
         first = slice(0, count)
         labels, items, grounds = labels[first], _rows(items, first), _rows(grounds, first)
         block = slice(start, start + count)
-        pictures[block], parts = paint(items, grounds, View(size, size), _OBJECT_SLOTS)
+        marked = slice(DISTRACTORS, None)
+        pictures[block], parts = paint(items, grounds, View(size, size), marked)
+        parts, emblems = parts[:, :OBJECTS], parts[:, OBJECTS:]
         masks[block] = parts.any(axis=1)
+        emblem_masks[block] = emblems.any(axis=1)
         return labels, items, grounds, [_boxes(part) for part in parts]
 
     with ThreadPoolExecutor(workers) as pool:
@@ -179,12 +209,14 @@ def generate(
     boxes = [of_picture for block in blocks for of_picture in block[3]]
     options = [f"seed={seed}"] * (seed != 0) + [f"images={images}"] * (images != IMAGES[split])
     options += [f"size={size}"] * (size != 64) + [f"classes={classes}"] * (classes != 8)
+    options += [f"emblem={emblem}"] * (emblem is not None)
     return SyntheticSource(
         name="synthetic:" + ",".join([split, *options]),
         classes=names,
         images=pictures,
         labels=np.concatenate([block[0] for block in blocks]),
         masks=masks,
+        emblem_masks=emblem_masks,
         split=split,
         items=_join([block[1] for block in blocks]),
         grounds=_join([block[2] for block in blocks]),
@@ -198,8 +230,8 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
 
     Args:
         options: What follows "synthetic:", such as "" or
-            "val,seed=3,images=400,size=96,classes=16". A leading "train" or "val" overrides
-            ``split``; ``images`` is the size of the split opened.
+            "val,seed=3,images=400,size=96,classes=16,emblem=100". A leading "train" or "val"
+            overrides ``split``; ``images`` is the size of the split opened.
         split: "train" or "val".
 
     Raises:
@@ -211,10 +243,10 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
             split = option
             continue
         key, _, value = option.partition("=")
-        if key not in ("images", "size", "classes", "seed") or not value.isdecimal():
+        if key not in ("images", "size", "classes", "seed", "emblem") or not value.isdecimal():
             raise ValueError(
                 "synthetic: expected options among train, val, images=N, size=N, classes=N, "
-                f"seed=N, got {option!r}"
+                f"seed=N, emblem=N, got {option!r}"
             )
         values[key] = int(value)
     if split not in IMAGES:
@@ -225,6 +257,7 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
         values.get("classes", 8),
         values.get("seed", 0),
         split=split,
+        emblem=values.get("emblem"),
     )
 
 
@@ -270,12 +303,60 @@ def _sample(
         centre=centre.astype(np.float32),
         radius=radius.astype(np.float32),
         angle=rng.uniform(0, 2 * np.pi, (n, slots)).astype(np.float32),
-        stretch=np.exp(rng.uniform(-0.12, 0.12, (n, slots))).astype(np.float32),
+        stretch=np.exp(rng.uniform(-LOG_STRETCH, LOG_STRETCH, (n, slots))).astype(np.float32),
         period=rng.uniform(0.085, 0.115, (n, slots)).astype(np.float32),
         phase=rng.random((n, slots, 2)).astype(np.float32),
         colours=_item_colours(rng, (n, slots)),
     )
     return labels, items, _sample_grounds(rng, n)
+
+
+def _with_emblems(
+    rng: np.random.Generator,
+    items: Items,
+    labels: NDArray[np.int64],
+    classes: int,
+    reliability: float,
+) -> Items:
+    """The same scenes with a slot more per object: its emblem, anywhere inside it."""
+    n = len(labels)
+    u, v = np.empty((2, n, OBJECTS), np.float32)
+    for kind in np.unique(items.shape[:, _OBJECT_SLOTS]):
+        of_kind = items.shape[:, _OBJECT_SLOTS] == kind
+        inside = _inner_points(list(SHAPES)[kind])
+        u[of_kind], v[of_kind] = inside[rng.integers(0, len(inside), of_kind.sum())].T
+    objects = _rows(items, (slice(None), _OBJECT_SLOTS))
+    # From the object's own coordinates to the scene's: stretch, then turn (cf. `paint`).
+    p, q = u * objects.radius * objects.stretch, v * objects.radius / objects.stretch
+    angle = objects.angle.astype(np.float64)
+    cos, sin = np.cos(angle), np.sin(angle)
+    offset = np.stack([p * sin + q * cos, p * cos - q * sin], axis=-1)
+
+    shown = np.where(rng.random(n) < reliability, labels, rng.integers(0, classes, n))
+    hue = 2 * np.pi / classes * shown[:, None] + rng.uniform(-0.1, 0.1, (n, OBJECTS))
+    flat = colour(np.full_like(hue, 0.7), np.full_like(hue, 0.28), hue)
+    emblems = Items(
+        present=objects.present,
+        shape=np.full((n, OBJECTS), list(SHAPES).index("disc")),
+        texture=np.full((n, OBJECTS), list(TEXTURES).index("plain")),
+        centre=(objects.centre + offset).astype(np.float32),
+        radius=np.float32(EMBLEM) * objects.radius,
+        angle=np.zeros_like(objects.angle),
+        stretch=np.ones_like(objects.stretch),
+        period=objects.period,
+        phase=objects.phase,
+        colours=np.stack([flat, flat], axis=2),
+    )
+    return _join([items, emblems], axis=1)
+
+
+@functools.cache
+def _inner_points(shape: str) -> NDArray[np.float32]:
+    """Points (u, v) of a shape that are deep enough inside for an emblem's centre, ``[n, 2]``."""
+    axis = np.linspace(-1, 1, 129, dtype=np.float32)
+    u, v = np.meshgrid(axis, axis)
+    deep = SHAPES[shape](u, v) <= -_EMBLEM_DEPTH
+    return np.stack([u[deep], v[deep]], axis=1)
 
 
 def _place(
@@ -350,13 +431,13 @@ def _boxes(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
     return np.array(found, np.int32).reshape(-1, 4)
 
 
-def _rows(table: _Table, rows: slice) -> _Table:
+def _rows(table: _Table, rows: slice | tuple[slice, slice]) -> _Table:
     return type(table)(*(getattr(table, field.name)[rows] for field in fields(table)))
 
 
-def _join(tables: Sequence[_Table]) -> _Table:
+def _join(tables: Sequence[_Table], axis: int = 0) -> _Table:
     columns = (
-        np.concatenate([getattr(table, field.name) for table in tables])
+        np.concatenate([getattr(table, field.name) for table in tables], axis)
         for field in fields(tables[0])
     )
     return type(tables[0])(*columns)
