@@ -54,9 +54,8 @@ _OBJECT_SLOTS = slice(DISTRACTORS, DISTRACTORS + OBJECTS)
 # With emblems, one more slot per object is painted last. An emblem is a disc of this share of its
 # object's radius; 0.88 is the radius of the disc of `SHAPES`.
 EMBLEM = 0.30
-_EMBLEM_DEPTH = (
-    EMBLEM * 0.88 * np.exp(LOG_STRETCH)
-)  # an emblem's centre lies this deep in its object
+# Its centre lies this deep in the object, so that the whole disc does.
+_EMBLEM_DEPTH = EMBLEM * 0.88 * np.exp(LOG_STRETCH)
 # Shapes reach 1.08 radii, stretched by exp(0.12): items this many radii apart cannot touch.
 _APART = 1.22
 _BLOCK = 128  # scenes per random stream and per drawing pass: its planes fit the cache
@@ -75,10 +74,10 @@ class SyntheticSource:
         images: ``[N, S, S, 3]`` uint8 RGB.
         labels: ``[N]`` int64.
         masks: ``[N, S, S]`` bool, the union of the objects of the picture's class.
-        split: "train" or "val"; the two share no picture.
-        items: What the scenes show.
         emblem_masks: ``[N, S, S]`` bool, the union of the emblems, each within its object; all
             false without emblems.
+        split: "train" or "val"; the two share no picture.
+        items: What the scenes show.
         grounds: What it is painted on.
         box_table: ``[M, 4]`` int32 boxes of all pictures, one after the other.
         box_starts: ``[N + 1]``, where each picture's boxes begin in ``box_table``.
