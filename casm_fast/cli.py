@@ -3,19 +3,20 @@
 The options of a verb are the fields of the dataclass that its Python function takes, so the two
 cannot drift apart. Exit codes: 0 done; 1 the request cannot be met, and one sentence on the error
 stream says why; 2 the command line is not understood; 70 a defect of casm_fast; 130 stopped by
-Ctrl-C; 143 by SIGTERM.
+Ctrl-C; 143 by SIGTERM. Where torchrun starts several processes for ``train``, one of them speaks.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -27,6 +28,7 @@ from casm_fast.evaluation import evaluate
 from casm_fast.extraction import ExtractConfig, extract
 from casm_fast.report import gallery, report
 from casm_fast.training import TrainConfig, train
+from casm_fast.training.distributed import leads
 
 HAS_TYRO = importlib.util.find_spec("tyro") is not None
 if HAS_TYRO:  # only the verbs need it; main() says so where it is missing
@@ -139,6 +141,8 @@ class Train(Verb):
     def run(self) -> None:
         """Train."""
         result = train(self.config)
+        if not leads():
+            return
         for name, value in result.scores.items():
             print(f"{name.replace('_', ' '):<20}  {value:.4f}")
         print(f"{'model':<20}  {result.checkpoint}")
@@ -279,17 +283,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = "--verbose" in words
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("casm_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
+    level = logging.DEBUG if verbose else logging.INFO if leads() else logging.WARNING
+    logging.getLogger("casm_fast").setLevel(level)
     try:
         if HAS_TYRO:
-            parse(words).run()
+            with contextlib.nullcontext() if leads() else _silence():
+                verb = parse(words)
+            verb.run()
         elif words[:1] == ["doctor"]:
             Doctor().run()
         else:
             print(NO_TYRO, file=sys.stderr)
             return REFUSED
     except KeyboardInterrupt as stop:
-        print(f"casm-fast: interrupted. {stop}".rstrip(), file=sys.stderr)
+        if leads():
+            print(f"casm-fast: interrupted. {stop}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else OK
@@ -334,6 +342,21 @@ def parse(words: Sequence[str]) -> Verb:
         config=marks,
     )
     return chosen
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Say nothing: rank 0 reads the same words, and tells what is wrong with them.
+
+    Raises:
+        SystemExit: For any error.
+    """
+    with open(os.devnull, "w") as nothing:
+        try:
+            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+                yield
+        except Exception as error:
+            raise SystemExit(REFUSED) from error
 
 
 def _headline(verb: type[Verb]) -> str:

@@ -112,8 +112,12 @@ def training_batches(
     pin_memory: bool = False,
     resize_policy: Policy = "crop",
     strict: bool = False,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[TrainingBatch]:
     """One epoch of a training set: a fresh random share of it, in random order.
+
+    Several processes that pass the shards (0, n), (1, n), ... get the parts of one and the same
+    stream, for every n: their batches, one after the other, are the batch of a single process.
 
     Args:
         source: The training set; every image needs a label.
@@ -131,13 +135,16 @@ def training_batches(
         resize_policy: How "flip" and "none" make squares, "crop" or "squash".
         strict: Whether an image that cannot be read stops the epoch, instead of being skipped and
             named.
+        shard: (k, n): of each batch the k-th of n consecutive parts, k from 0, equal where n
+            divides the batch. Other images are not read.
 
     Yields:
         The batches ``first_batch``, ``first_batch + 1``, … of the epoch.
 
     Raises:
         ValueError: An argument is out of its range (before the first batch).
-        DecodeError: With ``strict`` an image cannot be read; without it, not one of a batch can.
+        DecodeError: With ``strict`` an image cannot be read; without it, not one of a batch can. A
+            part of which not one can be read is yielded empty.
     """
     batches = batches_per_epoch(source, batch_size, fraction, drop_last)
     check_policy(resize_policy)
@@ -150,11 +157,15 @@ def training_batches(
         raise ValueError(f"expected `size` of at least 1, got {size}")
     if not 0 <= first_batch <= batches:
         raise ValueError(f"expected `first_batch` from 0 to {batches}, got {first_batch}")
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise ValueError(f"expected `shard` (k, n) with 0 <= k < n, got {shard}")
     _check_pinning(pin_memory)
 
     order = np.random.default_rng([seed, epoch]).permutation(len(source))
     order = order[: _epoch_images(source, fraction)]
     chunks = [order[k * batch_size : (k + 1) * batch_size] for k in range(first_batch, batches)]
+    chunks = [c[len(c) * part // parts : len(c) * (part + 1) // parts] for c in chunks]
     draws = 1 + 2 * _CROP_TRIES + 2 if augment == "imagenet" else 1
 
     if augment != "imagenet" and isinstance(source, ArraySource) and _fits(source, size):
@@ -170,7 +181,7 @@ def training_batches(
             square = resize(image, size, resize_policy)
         return square[:, ::-1] if augment != "none" and chance[0] < 0.5 else square
 
-    return _file_batches(source, chunks, load, workers, pin_memory, strict)
+    return _file_batches(source, chunks, size, load, workers, pin_memory, strict, parts > 1)
 
 
 def evaluation_batches(
@@ -331,10 +342,12 @@ def _array_batches(
 def _file_batches(
     source: ImageSource,
     chunks: list[NDArray[np.int64]],
+    size: int,
     load: Callable[[int], NDArray[np.uint8]],
     workers: int,
     pin_memory: bool,
     strict: bool,
+    may_be_empty: bool,
 ) -> Iterator[TrainingBatch]:
     for chunk, results in _ahead([chunk.tolist() for chunk in chunks], load, workers):
         squares, labels, errors = [], [], []
@@ -344,16 +357,17 @@ def _file_batches(
             else:
                 squares.append(result)
                 labels.append(source.label(index))
-        if errors and (strict or not squares):
+        if errors and (strict or not (squares or may_be_empty)):
             raise errors[0]
-        if min(labels) < 0:
+        if min(labels, default=0) < 0:
             unknown = next(source.image_id(index) for index in chunk if source.label(index) < 0)
             raise ValueError(
                 f"expected a label for every training image of {source.name}, got none for "
                 f"{unknown}; put the images into class folders"
             )
+        pixels = np.stack(squares) if squares else np.empty((0, size, size, 3), np.uint8)
         yield TrainingBatch(
-            _pinned(normalize(torch.from_numpy(np.stack(squares))), pin_memory),
+            _pinned(normalize(torch.from_numpy(pixels)), pin_memory),
             torch.tensor(labels, dtype=torch.int64),
             tuple(map(str, errors)),
         )

@@ -291,7 +291,7 @@ class TrainConfig:
     set: flip)."""
 
     batch_size: int | None = None
-    """Images per step (paper: 128; embedded set: 64)."""
+    """Images per step, over all processes (paper: 128; embedded set: 64)."""
 
     epochs: int | None = None
     """CASM epochs (paper: 70; embedded set: 6)."""
@@ -338,7 +338,11 @@ class TrainConfig:
     """Seed of initial weights, data order, augmentation and history draws."""
 
     device: str = "auto"
-    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
+    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ...; with several processes
+    "auto" and "cuda" give each its own GPU."""
+
+    sync_batchnorm: bool = False
+    """Several processes: normalise by the whole batch instead of each process's part of it."""
 
     amp: Literal["off", "bf16"] = "off"
     """Mixed precision of the networks' forward passes; weights, losses and statistics stay

@@ -14,13 +14,14 @@ With ``objective="masked_in_out"`` f' sees the masked-in images m x as well, and
 classifier.
 
 Nothing here waits for the device: statistics are summed where they arise until `Engine.statistics`
-reads them.
+reads them. Where several processes share a batch (`distributed`), each computes with its part, and
+gradients are averaged before they are used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.ops import blend, gaussian_blur
 from casm_fast.training.config import Strategy, TrainConfig
+from casm_fast.training.distributed import HostSyncBatchNorm, World, alone
 from casm_fast.training.history import History
 from casm_fast.training.objective import (
     classification_loss,
@@ -74,12 +76,20 @@ class Engine:
         lambda_r: Current lambda_R, ``[]``, on the device.
         phase: ``"pretrain"`` or ``"casm"``, chosen by `begin`.
         images: Images since the statistics were read.
+        world: The processes of the run.
     """
 
     def __init__(
-        self, model: SaliencyModel, config: TrainConfig, *, classes: int, device: torch.device
+        self,
+        model: SaliencyModel,
+        config: TrainConfig,
+        *,
+        classes: int,
+        device: torch.device,
+        world: World | None = None,
     ) -> None:
         """Place `model` on `device`; `begin` must follow before the first step."""
+        self.world = world or alone(device)
         self.config = config
         self.recipe = config.recipe()
         self.strategy = Strategy.parse(self.recipe.strategy)
@@ -106,6 +116,12 @@ class Engine:
         self.infill_colour = colour.view(1, 3, 1, 1).to(device)
         self._normalisations = [
             module for module in model.classifier.modules() if isinstance(module, _BatchNorm)
+        ]
+        self._local_normalisations = [
+            module
+            for module in model.modules()
+            if isinstance(module, _BatchNorm)
+            and not isinstance(module, (nn.SyncBatchNorm, HostSyncBatchNorm))
         ]
         self._sums = torch.zeros(len(STATISTICS), device=device)
         self.images = 0
@@ -142,7 +158,7 @@ class Engine:
         """Do step `index` of `total` of the current phase.
 
         Args:
-            images: Normalised, ``[B, 3, H, W]``, on any device.
+            images: This process's part of the batch, normalised, ``[B, 3, H, W]``, on any device.
             labels: ``[B]`` int64.
             index: Step within the phase, from 0.
             total: Steps of the whole phase.
@@ -157,6 +173,7 @@ class Engine:
                 self.classifier_optimizer, self.recipe.pretrain_lr * pretrain_schedule(index, total)
             )
             self._pretrain_step(images, labels, index)
+            self._average_statistics(labels.shape[0])
             return
         factor = 1.0
         if self.config.schedule == "step":
@@ -164,6 +181,7 @@ class Engine:
         _set_rate(self.classifier_optimizer, self.recipe.classifier_lr * factor)
         _set_rate(self.decoder_optimizer, self.recipe.decoder_lr * factor)
         self._casm_step(images, labels, index)
+        self._average_statistics(labels.shape[0])
 
     def _pretrain_step(self, images: Tensor, labels: Tensor, index: int) -> None:
         with self._autocast():
@@ -172,7 +190,7 @@ class Engine:
         _descend(
             self.classifier_optimizer,
             self.classifier_parameters,
-            _gradients(loss, self.classifier_parameters),
+            self._start_gradients(loss, self.classifier_parameters, labels.shape[0])(),
         )
         with torch.no_grad():
             zero = torch.zeros((), device=self.device)
@@ -190,7 +208,7 @@ class Engine:
 
     def _casm_step(self, images: Tensor, labels: Tensor, index: int) -> None:
         """Algorithm 1, one pass through its loop; f(index) is the classifier as it enters."""
-        model, theta = self.model, self.classifier_parameters
+        model, theta, count = self.model, self.classifier_parameters, labels.shape[0]
         self.history.observe(index, model.classifier)
         snapshot = self.history.draw()
         alternating = self.config.classifier_update == "alternating" and not self.strategy.fixed
@@ -200,7 +218,8 @@ class Engine:
         correct = logits.argmax(dim=1) == labels
         clean_loss = F.cross_entropy(full_precision(logits), labels)
         if alternating:
-            _descend(self.classifier_optimizer, theta, _gradients(clean_loss, theta))
+            clean_gradients = self._start_gradients(clean_loss, theta, count)
+            _descend(self.classifier_optimizer, theta, clean_gradients())
 
         with self._autocast():
             # The taps of a shared encoder are detached in there.
@@ -219,12 +238,12 @@ class Engine:
         if alternating:
             live = [masked_logits.detach() for masked_logits in live]
         loss = classification_loss([logits, *live], labels)
-        theta_gradients: Sequence[Tensor | None] | None = None
+        theta_gradients: Callable[[], Sequence[Tensor | None]] | None = None
         if alternating and snapshot is None:
             masked_loss = len(judged) * classification_loss(judged, labels)
-            theta_gradients = _gradients(masked_loss, theta, retain=True)
+            theta_gradients = self._start_gradients(masked_loss, theta, count, retain=True)
         elif not alternating and not self.strategy.fixed:
-            theta_gradients = _gradients(loss, theta, retain=snapshot is None)
+            theta_gradients = self._start_gradients(loss, theta, count, retain=snapshot is None)
         objective = mask_loss(
             judged[0], labels, correct, saliency, self.lambda_r, self.config.score
         )
@@ -234,25 +253,26 @@ class Engine:
                 + masked_in_loss(judged[1], labels, saliency, self.lambda_in)
                 + self.config.lambda_tv * smoothness(saliency, images.shape[-2], images.shape[-1])
             )
-        mask_gradients = _gradients(objective, self.mask_parameters)
+        mask_gradients = self._start_gradients(objective, self.mask_parameters, count)
 
         if theta_gradients is not None:
-            _descend(self.classifier_optimizer, theta, theta_gradients)
+            _descend(self.classifier_optimizer, theta, theta_gradients())
         _descend(
             self.decoder_optimizer,
             self.mask_parameters,
-            mask_gradients,
+            mask_gradients(),
             clip=self.config.clip_gradient,
         )
 
         with torch.no_grad():
             area = saliency.mean()
             if self.config.lambda_r == "auto":
-                self.lambda_r *= torch.exp(AUTO_GAIN * (area - self.config.target_saliency))
+                excess = self._mean(area, count) - self.config.target_saliency
+                self.lambda_r *= torch.exp(AUTO_GAIN * excess)
             self._record(
                 index,
                 torch.isfinite(loss) & torch.isfinite(objective),
-                labels.shape[0],
+                count,
                 loss,
                 prediction_entropy(judged[0]).mean(),
                 area,
@@ -260,6 +280,48 @@ class Engine:
                 _hits(judged[0], labels),
                 _hits(judged[-1], labels),
             )
+
+    def _start_gradients(
+        self, loss: Tensor, parameters: Sequence[Tensor], images: int, retain: bool = False
+    ) -> Callable[[], Sequence[Tensor | None]]:
+        """Compute gradients of `loss`, a mean over this process's `images`; begin to average them.
+
+        Returns:
+            A function that gives the gradients of the mean over the whole batch.
+        """
+        weight = self.world.weight(images, self.recipe.batch_size)
+        if weight != 1.0:
+            loss = loss * weight
+        return self.world.start_mean(_gradients(loss, parameters, retain), weight)
+
+    def _mean(self, mean: Tensor, images: int) -> Tensor:
+        """The mean over the whole batch of what `mean` is over this process's `images`."""
+        weight = self.world.weight(images, self.recipe.batch_size)
+        (whole,) = self.world.start_mean([mean * weight], weight)()
+        return mean if whole is None else whole
+
+    def _average_statistics(self, images: int) -> None:
+        """Make the running batch statistics those of all processes.
+
+        Their mean over the processes, weighted by images: so all classifiers, and their snapshots
+        in the history, stay equal. The mean of running variances lacks the variance between the
+        processes' batch means, a share of about one in the pixels of a channel.
+        """
+        layers = [layer for layer in self._local_normalisations if layer.training]
+        if self.world.size == 1 or not layers:
+            return
+        running = [
+            buffer
+            for layer in layers
+            for buffer in (layer.running_mean, layer.running_var)
+            if buffer is not None
+        ]
+        weight = self.world.weight(images, self.recipe.batch_size)
+        with torch.no_grad():
+            means = self.world.start_mean([buffer * weight for buffer in running], weight)()
+            for buffer, mean in zip(running, means, strict=True):
+                if mean is not None:
+                    buffer.copy_(mean)
 
     def _classify_masked(self, masked: Tensor) -> Tensor:
         """The live classifier on masked images, ``[B, 3, H, W] -> [B, K]``.
@@ -312,18 +374,29 @@ class Engine:
         if self.config.infill == "blur":
             return gaussian_blur(images, self.config.infill_sigma)
         if self.config.infill == "noise":
-            return torch.randn_like(images)
+            if not self.model.training:
+                # One picture for all: a validation must not depend on who looks at which image.
+                return torch.randn_like(images[:1]).expand_as(images)
+            # All processes draw for a whole batch, so that their generators stay equal.
+            first, _ = self.world.part(self.recipe.batch_size)
+            rows = max(self.recipe.batch_size, first + len(images))
+            whole = images.new_empty((rows, *images.shape[1:]))
+            noise = torch.randn_like(whole.contiguous(memory_format=self.memory_format))
+            return noise[first : first + len(images)]
         return None
 
     def statistics(self) -> dict[str, float]:
         """Means over the images since the last call (one wait for the device), then start anew.
 
+        All processes call it, and get the means over all of their images.
+
         Raises:
             FloatingPointError: When a loss since the last call was not a finite number.
         """
         self.check_finite()
-        values = self._sums.tolist()
-        images, self.images = self.images, 0
+        counted = torch.tensor([self.images], device=self.device, dtype=self._sums.dtype)
+        *values, images = self.world.total(torch.cat([self._sums, counted])).tolist()
+        self.images = 0
         self._sums.zero_()
         means = {
             name: value / max(images, 1) for name, value in zip(STATISTICS, values, strict=True)
@@ -337,14 +410,15 @@ class Engine:
         return means
 
     def check_finite(self) -> None:
-        """Stop a run that has gone astray; waits for the device.
+        """Stop a run that has gone astray, on all processes at once; waits for the device.
 
         Raises:
             FloatingPointError: When a loss has not been a finite number; the message names the
                 step.
         """
-        bad_step = int(self._bad_step)
-        if bad_step >= 0:
+        never = torch.iinfo(torch.int64).max
+        bad_step = int(self.world.smallest(torch.where(self._bad_step < 0, never, self._bad_step)))
+        if bad_step < never:
             rates = "pretrain_lr" if self.phase == "pretrain" else "classifier_lr or decoder_lr"
             precision = ", or amp='off'" if self.config.amp != "off" else ""
             raise FloatingPointError(
@@ -353,7 +427,10 @@ class Engine:
             )
 
     def state(self) -> dict[str, Any]:
-        """All that the next steps depend on, the snapshots excepted: tensors and plain values."""
+        """All that the next steps depend on, the snapshots excepted: tensors and plain values.
+
+        All processes call it, and get the same.
+        """
         return {
             "model": self.model.state_dict(),
             "classifier_optimizer": self.classifier_optimizer.state_dict(),
@@ -361,11 +438,19 @@ class Engine:
             "lambda_r": self.lambda_r,
             "history_steps": self.history.steps,
             "history_generator": self.history.generator.get_state(),
-            "sums": self._sums,
-            "images": self.images,
+            "sums": self.world.total(self._sums),
+            "images": self.world.totals(self.images)[0],
             "bad_step": self._bad_step,
             "phase": self.phase,
         }
+
+    def digest(self) -> str:
+        """What must be equal on all processes, in short; empty where there is one process."""
+        if self.world.size == 1:
+            return ""
+        sums = torch.stack([tensor.double().sum() for tensor in self.model.state_dict().values()])
+        draws = [self.history.generator.get_state(), torch.get_rng_state()]
+        return repr((sums.tolist(), self.history.steps, [d.numpy().tobytes() for d in draws]))
 
     def restore(self, state: dict[str, Any], snapshots: list[dict[str, Tensor]]) -> None:
         """Continue from what `state` returned."""
@@ -375,8 +460,9 @@ class Engine:
         self.decoder_optimizer.load_state_dict(state["decoder_optimizer"])
         self.lambda_r.copy_(state["lambda_r"])
         self.history.restore(state["history_steps"], snapshots, state["history_generator"])
-        self._sums.copy_(state["sums"])
-        self.images = state["images"]
+        if self.world.leads:  # what all have summed is counted once
+            self._sums.copy_(state["sums"])
+            self.images = state["images"]
         self._bad_step.copy_(state["bad_step"])
 
     def _record(self, index: int, finite: Tensor, images: int, *means: Tensor) -> None:

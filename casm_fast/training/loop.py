@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,16 +23,17 @@ from typing import Any
 
 import torch
 
+from casm_fast.data.decoding import DecodeError
 from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_batches
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.models import checkpoint
-from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel, build_model
-from casm_fast.training import state
+from casm_fast.training import distributed, state
 from casm_fast.training.config import TrainConfig
+from casm_fast.training.distributed import World
 from casm_fast.training.engine import Engine
 from casm_fast.training.progress import RunLog
-from casm_fast.training.signals import StopRequest, stop_requests
+from casm_fast.training.signals import StopRequest, obey, stop_requests
 from casm_fast.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ def train(
     Without arguments: the embedded synthetic set, a compact classifier trained from scratch, then
     CASM; some minutes on a CPU. Press Ctrl-C at any time: the state is saved, and
     ``train(config, output=folder, resume=True)`` continues to the same weights, bit by bit on a
-    CPU.
+    CPU. Started by torchrun, N processes share every batch and end with the same weights.
 
     Args:
         config: What to do; `TrainConfig()` when left out.
@@ -84,7 +86,15 @@ def train(
         SystemExit: After SIGTERM, with the state saved.
     """
     config = replace(config or TrainConfig(), **overrides)
-    device = choose_device(config.device)
+    with distributed.joined(config.device) as world:
+        return _train(config, world, sources)
+
+
+def _train(
+    config: TrainConfig, world: World, sources: tuple[ImageSource, ImageSource | None] | None
+) -> TrainResult:
+    distributed.check_batch_size(world, config.recipe().batch_size)
+    device = world.device
     training, validation = sources or (
         open_source(config.data, "train"),
         open_source(config.data, "val"),
@@ -92,14 +102,15 @@ def train(
     if validation is not None and validation.name == training.name:
         logger.warning("%s has no separate validation images: no validation", training.name)
         validation = None
-    folder = prepare_folder(config)
+    folder = Path(world.told_by_leader(str(prepare_folder(config)) if world.leads else ""))
     # The seed must not change the random numbers of the program that calls us.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        engine = Engine(
-            build_networks(config, training), config, classes=len(training.classes), device=device
-        )
-        with stop_requests() as stop:
+        networks = build_networks(config, training)
+        if config.sync_batchnorm:
+            distributed.synchronize_batchnorm(networks, world)
+        engine = Engine(networks, config, classes=len(training.classes), device=device, world=world)
+        with stop_requests(patient=world.size > 1) as stop:
             return _run(engine, training, validation, folder, stop)
 
 
@@ -164,13 +175,18 @@ def _run(
     """Restore what is saved, and do what is left."""
     config = engine.config
     fingerprint = {**config.describe(), "images": len(training), "classes": list(training.classes)}
+    engine.world.check_equal(
+        "the same options, data and initial weights", repr((fingerprint, engine.digest()))
+    )
     saved = None
     if config.resume:
         saved = state.load(folder / "state", engine, fingerprint=fingerprint)
-    description = json.dumps(config.describe(), indent=2) + "\n"
-    state.write_atomically(folder / "config.json", lambda path: path.write_text(description))
+    leads = engine.world.leads
+    if leads:
+        description = json.dumps(config.describe(), indent=2) + "\n"
+        state.write_atomically(folder / "config.json", lambda path: path.write_text(description))
     sizes = None if saved is None else saved.log_sizes
-    with RunLog(folder, config.progress, config.tensorboard, sizes) as log:
+    with RunLog(folder, config.progress, config.tensorboard, sizes, silent=not leads) as log:
         run = _Run(engine, training, validation, folder, stop, log, fingerprint)
         if saved is not None:
             run.position, run.scores = saved.position, dict(saved.scores)
@@ -237,22 +253,35 @@ class _Run:
         config, position = self.engine.config, self.position
         self._start_clock()
         for batch in self._batches(fraction):
+            images, skipped, short, interrupted, terminated = self.engine.world.totals(
+                len(batch.labels),
+                len(batch.skipped),
+                len(batch.labels) < 2,
+                self.stop.signal == signal.SIGINT,
+                self.stop.signal == signal.SIGTERM,
+            )
             if batch.skipped:
-                self.skipped += len(batch.skipped)
                 logger.warning("could not read %s: skipped", ", ".join(batch.skipped))
-            if len(batch.labels) >= 2:  # batch normalisation needs two images
+            self.skipped += skipped
+            if not images:
+                raise DecodeError(f"not one image of a batch can be read: {batch.skipped[0]}")
+            if not short:  # batch normalisation needs two images on each process
                 self.engine.step(batch.images, batch.labels, position.step, total, position.epoch)
-            self._seen += len(batch.labels)
+            self._seen += images
             position.batch += 1
             position.step += 1
             self.log.advance()
             if position.batch % config.log_interval == 0:
                 self._log_interval()
-            if self.stop:
+            number = self.stop.signal
+            if self.engine.world.size > 1:  # what all of them knew before the step
+                number = signal.SIGINT if interrupted else signal.SIGTERM if terminated else None
+            if number is not None:
                 self._save()
-                self.stop.obey(
+                obey(
+                    number,
                     f"stopped after step {position.step} of the {position.phase} phase; to go on: "
-                    f"resume=True, output={str(self.folder)!r}"
+                    f"resume=True, output={str(self.folder)!r}",
                 )
             if position.batch % config.save_interval == 0:
                 self._save()
@@ -273,6 +302,7 @@ class _Run:
             augment=recipe.augment,
             pin_memory=self.engine.device.type == "cuda",
             strict=config.strict,
+            shard=(self.engine.world.rank, self.engine.world.size),
         )
 
     def _validate(self) -> None:
@@ -308,6 +338,8 @@ class _Run:
         }
 
     def _write_model(self) -> None:
+        if not self.engine.world.leads:
+            return
         extra: dict[str, Any] = {
             "training": self.engine.config.describe(),
             "scores": self.scores,
@@ -317,7 +349,6 @@ class _Run:
         checkpoint.save(self.engine.model, self.checkpoint, extra=extra)
 
     def _save(self) -> None:
-        self.engine.check_finite()
         state.save(
             self.folder / "state",
             self.engine,

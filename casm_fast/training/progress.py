@@ -41,7 +41,12 @@ class RunLog:
     """The log files, progress bar and TensorBoard writer of one run; closes them on exit."""
 
     def __init__(
-        self, folder: Path, progress: bool, tensorboard: bool, sizes: Mapping[str, int] | None
+        self,
+        folder: Path,
+        progress: bool,
+        tensorboard: bool,
+        sizes: Mapping[str, int] | None,
+        silent: bool = False,
     ) -> None:
         """Open the logs in `folder`.
 
@@ -51,7 +56,14 @@ class RunLog:
             tensorboard: Write TensorBoard events when the package is there.
             sizes: Bytes to keep of each file (a resumed run drops what was logged after its saved
                 state); `None` starts anew.
+            silent: Show and write nothing: another process does.
         """
+        self._silent = silent
+        self._progress = progress and not silent
+        self._bar: tqdm[Any] | None = None
+        self._board = _board(folder) if tensorboard and not silent else None
+        if silent:
+            return
         self._paths = {name: folder / name for name in ("log.jsonl", "log.csv")}
         for name, path in self._paths.items():
             path.touch()
@@ -60,9 +72,6 @@ class RunLog:
         self._csv = self._paths["log.csv"].open("a", encoding="utf-8")
         if self._csv.tell() == 0:
             self._csv.write(",".join(COLUMNS) + "\n")
-        self._progress = progress
-        self._bar: tqdm[Any] | None = None
-        self._board = _board(folder) if tensorboard else None
 
     def __enter__(self) -> RunLog:
         """Return the log itself."""
@@ -76,8 +85,9 @@ class RunLog:
     ) -> None:
         """Close everything."""
         self.close_bar()
-        self._jsonl.close()
-        self._csv.close()
+        if not self._silent:
+            self._jsonl.close()
+            self._csv.close()
         if self._board is not None:
             self._board.close()
 
@@ -107,6 +117,8 @@ class RunLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record, and show its numbers beside the bar."""
+        if self._silent:
+            return
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
         self._csv.write(",".join(str(record.get(column, "")) for column in COLUMNS) + "\n")
@@ -121,7 +133,9 @@ class RunLog:
                     )
 
     def sizes(self) -> dict[str, int]:
-        """Bytes in each log file, all of them on the disk."""
+        """Bytes in each log file, all of them on the disk; empty when silent."""
+        if self._silent:
+            return {}
         for handle in (self._jsonl, self._csv):
             handle.flush()
             os.fsync(handle.fileno())

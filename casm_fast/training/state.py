@@ -64,6 +64,8 @@ def save(
 ) -> None:
     """Write the state; after a kill at any moment `folder` holds this one or the one before.
 
+    All processes call it. Rank 0 writes; the others go on when the state is on the disk.
+
     Args:
         folder: The run's ``state`` folder.
         engine: What to save.
@@ -71,7 +73,32 @@ def save(
         fingerprint: What the run depends on, compared by `load`.
         scores: Latest validation scores.
         log_sizes: Bytes of each log file at this moment, to cut off what a killed run logged later.
+
+    Raises:
+        ValueError: When the processes have drifted apart.
     """
+    engine.check_finite()
+    # Collectives too, and so on every rank.
+    saved = engine.state()
+    engine.world.check_equal(
+        "the same position, draws and weights (the same options, data and versions of casm_fast "
+        "and torch give them)",
+        repr((position, engine.digest())),
+    )
+    if engine.world.leads:
+        _write(folder, engine, saved, position, fingerprint, scores, log_sizes)
+    engine.world.wait()
+
+
+def _write(
+    folder: Path,
+    engine: Engine,
+    saved: Mapping[str, Any],
+    position: Position,
+    fingerprint: Mapping[str, Any],
+    scores: Mapping[str, float],
+    log_sizes: Mapping[str, int],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = [_snapshot_name(step) for step in engine.history.steps]
     for name, snapshot in zip(names, engine.history.snapshots, strict=True):
@@ -83,7 +110,7 @@ def save(
         "fingerprint": dict(fingerprint),
         "scores": dict(scores),
         "log_sizes": dict(log_sizes),
-        "engine": engine.state(),
+        "engine": saved,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state(engine.device)
         if engine.device.type == "cuda"
@@ -117,9 +144,13 @@ def load(folder: Path, engine: Engine, *, fingerprint: Mapping[str, Any]) -> Sav
         else [_snapshot_name(step) for step in content["engine"]["history_steps"]]
     )
     # A kill between the snapshots and state.pt leaves snapshots that no state names.
-    for stray in folder.glob("history-*"):
+    for stray in folder.glob("history-*") if engine.world.leads else ():
         if stray.name not in named:
             stray.unlink()
+    engine.world.check_equal(
+        f"the same saved state in {folder} (machines need a file system that they share)",
+        "none" if content is None else repr(content["position"]),
+    )
     if content is None:
         return None
     if content.get("format") != FORMAT:

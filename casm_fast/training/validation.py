@@ -16,10 +16,14 @@ from casm_fast.ops import mask_boxes
 from casm_fast.training.engine import Engine
 from casm_fast.training.objective import prediction_entropy
 
+ROWS = ("loss", "entropy", "mean_saliency", "accuracy", "masked_accuracy", "overlap", "seen")
+
 
 @torch.no_grad()
 def validate(engine: Engine, source: ImageSource) -> dict[str, float]:
     """Scores of the engine's networks, in evaluation mode, over all images of `source`.
+
+    Of several processes each looks at its share of the images, and all return the same scores.
 
     Args:
         engine: What is trained; its modes and random numbers are left as they were.
@@ -44,48 +48,57 @@ def validate(engine: Engine, source: ImageSource) -> dict[str, float]:
 
 
 def _scores(engine: Engine, source: ImageSource) -> dict[str, float]:
-    rows: list[Tensor] = []
-    overlaps: list[NDArray[np.float64]] = []
-    recipe = engine.recipe
+    recipe, world = engine.recipe, engine.world
+    start, stop = world.part(len(source))
+    # One column per image. Each process fills its own; the sum over the processes is the whole.
+    table = torch.zeros(len(ROWS), len(source), dtype=torch.float64)
     for batch in evaluation_batches(
-        source, size=recipe.input_size, batch_size=recipe.batch_size, workers=engine.config.workers
+        source,
+        size=recipe.input_size,
+        batch_size=-(-recipe.batch_size // world.size),
+        workers=engine.config.workers,
+        start=start,
+        stop=stop,
     ):
         if not batch.indices:
             continue
+        # The noise infill is one picture, whatever the batches are.
+        torch.manual_seed(engine.config.seed)
         images = normalize(batch.images.to(engine.device))
         labels = torch.tensor([source.label(i) for i in batch.indices], device=engine.device)
         saliency, logits = engine.model(images)
         masked_logits, _ = engine.model.classifier(engine.masked_out(images, saliency))
-        rows.append(
-            torch.stack(
-                [
-                    F.cross_entropy(logits, labels, reduction="none"),
-                    prediction_entropy(masked_logits),
-                    saliency.mean(dim=(1, 2, 3)),
-                    (logits.argmax(dim=1) == labels).float(),
-                    (masked_logits.argmax(dim=1) == labels).float(),
-                ]
-            )
-        )
+        overlap = torch.full((len(labels),), torch.nan, dtype=torch.float64)
         if source.has_boxes and engine.phase == "casm":
             boxes, _ = mask_boxes(saliency)
             truth = [
                 geometry.to_network(source.boxes(index))
                 for index, geometry in zip(batch.indices, batch.geometries, strict=True)
             ]
-            known = [row for row, of_image in enumerate(truth) if len(of_image)]
-            predicted = _enlarge(boxes, saliency, images)[known]
-            overlaps.append(localization.iou(predicted, [truth[row] for row in known]))
-    if not rows:
+            overlap = torch.from_numpy(localization.iou(_enlarge(boxes, saliency, images), truth))
+        measured = torch.stack(
+            [
+                F.cross_entropy(logits, labels, reduction="none"),
+                prediction_entropy(masked_logits),
+                saliency.mean(dim=(1, 2, 3)),
+                (logits.argmax(dim=1) == labels).float(),
+                (masked_logits.argmax(dim=1) == labels).float(),
+            ]
+        )
+        seen = torch.ones(1, len(labels), dtype=torch.float64)
+        table[:, batch.indices] = torch.cat([measured.cpu().double(), overlap[None], seen])
+    table = world.total(table)
+    table = table[:-1, table[-1] > 0]
+    if not table.shape[1]:
         raise ValueError(
             f"data: expected images to validate on, got none that can be read in {source.name}"
         )
-    table = torch.cat(rows, dim=1).double()
-    names = ("loss", "entropy", "mean_saliency", "accuracy", "masked_accuracy")
-    scores = dict(zip(names, table.mean(dim=1).tolist(), strict=True))
-    scores["std_saliency"] = float(table[2].std()) if table.shape[1] > 1 else 0.0
-    if sum(len(part) for part in overlaps):
-        scores["localisation_error"] = localization.localisation_error(np.concatenate(overlaps))
+    measured, overlap = table[:-1], table[-1]
+    scores = dict(zip(ROWS, measured.mean(dim=1).tolist(), strict=False))
+    scores["std_saliency"] = float(measured[2].std()) if measured.shape[1] > 1 else 0.0
+    overlap = overlap[~overlap.isnan()]  # NaN: an image without boxes
+    if len(overlap):
+        scores["localisation_error"] = localization.localisation_error(overlap.numpy())
     return scores
 
 
