@@ -5,10 +5,12 @@ Drawn by matplotlib, coloured by the page, so that they follow its light and dar
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +20,40 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of a chart.
+
+    Attributes:
+        ink: Text.
+        quiet: Labels, and what stands behind.
+        line: Grid and axes.
+        first: What the chart is about.
+        second: What it is compared with.
+    """
+
+    ink: str
+    quiet: str
+    line: str
+    first: str
+    second: str
+
 
 # Stand-ins that matplotlib accepts as colours; the page's own take their place in the SVG.
-_INK, _QUIET, _LINE, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-_THEME = {
-    _INK: "var(--ink)",
-    _QUIET: "var(--quiet)",
-    _LINE: "var(--line)",
-    _FIRST: "var(--accent)",
-    _SECOND: "var(--second)",
-}
+_STAND_INS = Palette("#010101", "#020202", "#030303", "#040404", "#050505")
+_PAGE = Palette("var(--ink)", "var(--quiet)", "var(--line)", "var(--accent)", "var(--second)")
+_INK, _QUIET, _LINE, _FIRST, _SECOND = dataclasses.astuple(_STAND_INS)
+# On white: the light theme of the page.
+_PRINT = Palette("#15181c", "#616973", "#e4e6e8", "#2458c5", "#c2630a")
+
+Draw = Callable[["Axes", Palette], None]
+"""Draws a chart on empty axes in the colours that it is told."""
+
+_SIZE = (4.6, 2.5)  # inches
 
 
 @dataclass(frozen=True)
@@ -222,48 +248,91 @@ def _line(name: str, key: str, records: Iterable[Mapping[str, Any]], split: str)
     return Line(name, [x for x, _ in points], [y for _, y in points])
 
 
-def _svg(draw: Any) -> str:
-    """Run ``draw`` on fresh axes and return the themed SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+def themed_svg(draw: Draw, size: tuple[float, float] = _SIZE) -> str:
+    """A chart as an ``<svg>`` element that follows the light and dark themes of the page.
 
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "casm_fast",
-        "font.size": 9,
-        "axes.edgecolor": _LINE,
-        "axes.labelcolor": _QUIET,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": _LINE,
-        "grid.linewidth": 0.7,
-        "xtick.color": _QUIET,
-        "ytick.color": _QUIET,
-        "xtick.major.size": 3,
-        "ytick.major.size": 0,
-        "text.color": _INK,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.locator_params(axis="y", nbins=5)
+    Args:
+        draw: What is in it.
+        size: Width and height in inches; the page keeps their proportion.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    with _drawn(draw, _STAND_INS, size) as figure:
         figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
         text = io.StringIO()
-        canvas.print_svg(text, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
+        FigureCanvasSVG(figure).print_svg(  # type: ignore[no-untyped-call]
+            text, metadata={"Date": None, "Creator": None}
+        )
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    for stand_in, colour in _THEME.items():
+    for stand_in, colour in zip(
+        dataclasses.astuple(_STAND_INS), dataclasses.astuple(_PAGE), strict=True
+    ):
         svg = svg.replace(stand_in, colour)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # The page sets size and font; the view box keeps the proportions.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return re.sub(r" font-family: [^;\"]*;", "", svg)
+
+
+def picture(
+    draw: Draw, path: Path, size: tuple[float, float] = _SIZE, dpi: int = 200
+) -> Path:
+    """A chart as a picture file on white.
+
+    Args:
+        draw: What is in it.
+        path: The file; its suffix names the format.
+        size: Width and height in inches.
+        dpi: Dots per inch.
+
+    Returns:
+        ``path``.
+    """
+    with _drawn(draw, _PRINT, size) as figure:
+        figure.savefig(path, dpi=dpi)
+    return path
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
+    """A chart that knows its colours."""
+    return themed_svg(lambda axes, _: draw(axes))
+
+
+@contextmanager
+def _drawn(draw: Draw, palette: Palette, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure with a chart in it, while the style of the page holds."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "casm_fast",
+        "font.size": 9,
+        "axes.edgecolor": palette.line,
+        "axes.labelcolor": palette.quiet,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": palette.line,
+        "grid.linewidth": 0.7,
+        "xtick.color": palette.quiet,
+        "ytick.color": palette.quiet,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "text.color": palette.ink,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes, palette)
+        if isinstance(axes.yaxis.get_major_locator(), MaxNLocator):
+            axes.locator_params(axis="y", nbins=5)
+        yield figure

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +22,7 @@ from casm_fast.models.saliency import SaliencyModel
 from casm_fast.report import charts, pictures
 from casm_fast.report.charts import Chart
 from casm_fast.report.pictures import Pictures
+from casm_fast.report.rendering import write
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,12 +146,7 @@ def report(
     network = load_model(model, description)
     images = open_source(source if source is not None else description.source, split="val")
     page = _Page(table, description, numbers, network, images, columns)
-    html = _render(page.context(_log(run)))
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    unfinished.write_text(html, encoding="utf-8")
-    return unfinished.replace(output)
+    return write("report/page.html.jinja", page.context(_log(run)), output)
 
 
 class _Page:
@@ -560,20 +554,6 @@ def _log(run: str | Path | None) -> list[dict[str, Any]]:
             f"report: expected the folder of a training run, got {run}: no log.jsonl"
         )
     return charts.read_log(path)
-
-
-def _render(context: Mapping[str, Any]) -> str:
-    import jinja2
-
-    folder = resources.files("casm_fast.report")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    css = (folder / "page.css").read_text(encoding="utf-8")
-    template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
-    from markupsafe import Markup
-
-    return template.render(**context, css=Markup(css))
 
 
 def _place(source: str) -> str:
