@@ -4,6 +4,7 @@
 * `load` opens a trained model: images -> (saliency, logits),
 * `extract` turns image sets into boxes and mask statistics,
 * `evaluate` scores them by the paper's conventions,
+* `reproduce` makes a table or figure of the paper again,
 * `ops` holds the fused operators.
 
 All of them are imported when they are first used, so that ``import casm_fast`` costs nothing and
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from casm_fast import ops
     from casm_fast.evaluation import Scores, evaluate
+    from casm_fast.experiments import reproduce
     from casm_fast.extraction import ExtractConfig, Extraction, extract
     from casm_fast.models import SaliencyModel, load
     from casm_fast.training import TrainConfig, TrainResult, train
@@ -32,6 +34,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "extract": "extraction",
     "load": "models",
+    "reproduce": "experiments",
     "train": "training",
 }
 
@@ -47,6 +50,7 @@ __all__ = [
     "extract",
     "load",
     "ops",
+    "reproduce",
     "train",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``casm-fast demo | train | extract | evaluate | report | doctor``.
+"""The command line: ``casm-fast VERB``; the verbs are those of `VERBS`.
 
 The options of a verb are the fields of the dataclass that its Python function takes, so the two
 cannot drift apart. Exit codes: 0 done; 1 the request cannot be met, and one sentence on the error
@@ -19,12 +19,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 from casm_fast import doctor
 from casm_fast.data.source import open_source
 from casm_fast.data.synthetic import SyntheticSource, write_tree
 from casm_fast.evaluation import evaluate
+from casm_fast.experiments import reproduce
+from casm_fast.experiments.reproduction import listing
 from casm_fast.extraction import ExtractConfig, extract
 from casm_fast.report import gallery, report
 from casm_fast.training import TrainConfig, train
@@ -247,6 +249,65 @@ class Report(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reproduce(Verb):
+    """Make a table or figure of the CASM paper again; without a name: list them.
+
+    Writes tables (JSON, CSV), figures (PNG) and one self-contained page, with the published values
+    beside ours. On ImageNet the settings are the paper's. Interrupted, the same command goes on
+    where it stopped; experiments in the same folder share their trainings.
+
+    Example: casm-fast reproduce table2 --data imagenet:/data/ILSVRC
+    """
+
+    name: tyro.conf.Positional[str | None] = None
+    """Which one."""
+
+    data: str = "synthetic"
+    """Data set: "synthetic" (embedded), "imagenet:DIR", "folder:DIR" or a path."""
+
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Fewer images and epochs: minutes on two cores with the embedded set."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
+    """Folder of the results (default: reproduce/<data>-<full or quick>)."""
+
+    seeds: int | None = None
+    """Number of repeated runs, for experiments that have any (default: the paper's)."""
+
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
+
+    amp: Literal["off", "bf16"] = "off"
+    """Mixed precision of the trainings."""
+
+    workers: int = 4
+    """Threads that decode images beside the network."""
+
+    def run(self) -> None:
+        """Reproduce, or list."""
+        if self.name is None:
+            print(f"{listing()}\n\nnext: casm-fast reproduce NAME --quick")
+            return
+        settings: dict[str, Any] = {} if self.amp == "off" else {"amp": self.amp}
+        try:
+            result = reproduce(
+                self.name,
+                data=self.data,
+                quick=self.quick,
+                output=self.output,
+                seeds=self.seeds,
+                device=self.device,
+                workers=self.workers,
+                **settings,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Everything is saved: the same command goes on where it stopped"
+            ) from None
+        print(f"\n{result}\n\npage: {result.page}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what is installed, which kernels loaded, and what to do about each problem.
 
@@ -267,6 +328,7 @@ VERBS: dict[str, type[Verb]] = {
     "extract": Extract,
     "evaluate": Evaluate,
     "report": Report,
+    "reproduce": Reproduce,
     "doctor": Doctor,
 }
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-
 @dataclass(frozen=True)
 class Palette:
     """The colours of a chart.
@@ -278,9 +277,7 @@ def themed_svg(draw: Draw, size: tuple[float, float] = _SIZE) -> str:
     return re.sub(r" font-family: [^;\"]*;", "", svg)
 
 
-def picture(
-    draw: Draw, path: Path, size: tuple[float, float] = _SIZE, dpi: int = 200
-) -> Path:
+def picture(draw: Draw, path: Path, size: tuple[float, float] = _SIZE, dpi: int = 200) -> Path:
     """A chart as a picture file on white.
 
     Args:

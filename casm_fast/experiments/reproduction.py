@@ -1,0 +1,196 @@
+"""`reproduce`: run an experiment by name and write down what it found."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import casm_fast
+from casm_fast.experiments import table2
+from casm_fast.experiments.findings import PAPER, Findings
+from casm_fast.experiments.study import FULL, QUICK, Experiment, Scale, Study, write_json
+from casm_fast.models.placement import choose_device
+from casm_fast.report import charts
+from casm_fast.report.page import commit
+from casm_fast.report.rendering import write
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (table2,)
+}
+"""Every experiment by name, in the order of the paper."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """An experiment that was run. ``str(reproduction)`` is what a terminal shows.
+
+    Attributes:
+        name: Of the experiment.
+        folder: results.json, one CSV file per table, one PNG file per figure, and the page.
+        page: index.html.
+        notice: What stands between these numbers and the paper's; empty if nothing does.
+        findings: Tables, charts and pictures.
+    """
+
+    name: str
+    folder: Path
+    page: Path
+    notice: str
+    findings: Findings
+
+    def __str__(self) -> str:
+        parts = [str(table) for table in self.findings.tables]
+        if self.notice:
+            parts.insert(0, f"NOTE  {self.notice}")
+        return "\n\n".join([*parts, self.findings.verdict])
+
+
+def reproduce(
+    name: str,
+    *,
+    data: str = "synthetic",
+    quick: bool = False,
+    output: str | Path | None = None,
+    seeds: int | None = None,
+    device: str = "auto",
+    workers: int = 4,
+    scale: Scale | None = None,
+    **settings: Any,
+) -> Reproduction:
+    """Reproduce a table or figure of the CASM paper.
+
+    On ImageNet with the paper's settings; on the embedded set with its preset, where directions
+    can be compared and numbers cannot. A call that was stopped goes on where it stopped, and
+    experiments in the same `output` share their trainings.
+
+    Args:
+        name: One of `EXPERIMENTS`.
+        data: Data set: "synthetic" (embedded), "imagenet:DIR", "folder:DIR" or a path.
+        quick: Fewer images and epochs: minutes on two cores with the embedded set.
+        output: Folder of the results; by default reproduce/<data>-<scale>.
+        seeds: Number of repeated runs, for experiments that have any; else the paper's.
+        device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ...
+        workers: Threads that decode images.
+        scale: Another size than `quick` or the full one.
+        **settings: Fields of `TrainConfig` for every training.
+
+    Returns:
+        What was found, and where it lies.
+
+    Raises:
+        ValueError: There is no such experiment, or the folder was made with other settings.
+        FileNotFoundError: The data set is not there.
+    """
+    experiment = find(name)
+    scale = scale or (QUICK if quick else FULL)
+    if output is None:
+        kind = data.partition(":")[0] if ":" in data or data == "synthetic" else Path(data).name
+        output = Path("reproduce") / f"{kind}-{scale.name}"
+    study = Study(
+        experiment.name,
+        Path(output),
+        data=data,
+        scale=scale,
+        embedded=experiment.embedded,
+        seeds=seeds,
+        device=device,
+        workers=workers,
+        settings=settings,
+    )
+    if study.notice:
+        logger.info("%s: %s", name, study.notice)
+    started = time.perf_counter()
+    findings = experiment.run(study)
+    page = _write(study, experiment, findings, time.perf_counter() - started)
+    return Reproduction(name, study.folder, page, study.notice, findings)
+
+
+def find(name: str) -> Experiment:
+    """The experiment of this name.
+
+    Raises:
+        ValueError: There is none; the message names the closest.
+    """
+    if name not in EXPERIMENTS:
+        close = difflib.get_close_matches(name, EXPERIMENTS, n=3, cutoff=0.5)
+        known = f"did you mean {' or '.join(close)}?" if close else ", ".join(EXPERIMENTS)
+        raise ValueError(f"reproduce: expected the name of an experiment, got {name!r}: {known}")
+    return EXPERIMENTS[name]
+
+
+def listing() -> str:
+    """Every experiment with its summary, for a terminal."""
+    width = max(map(len, EXPERIMENTS))
+    return "\n".join(f"  {name:<{width}}  {e.summary}" for name, e in EXPERIMENTS.items())
+
+
+def _write(study: Study, experiment: Experiment, findings: Findings, seconds: float) -> Path:
+    """results.json, CSV files, PNG files and the page."""
+    device = choose_device(study.device)
+    provenance = {
+        "experiment": f"{experiment.name}: {experiment.summary}",
+        "paper": PAPER,
+        "data": study.validation.name,
+        "images": f"{len(study.training):,} to learn from, {study.limit:,} scored",
+        "scale": study.scale.name,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "versions": f"casm_fast {casm_fast.__version__}, torch {torch.__version__}, "
+        f"python {platform.python_version()}",
+        "commit": commit() or "",
+        "this call": f"{seconds:.0f} s (finished parts are not done again)",
+    }
+    write_json(
+        study.folder / "results.json",
+        {
+            "name": experiment.name,
+            "verdict": findings.verdict,
+            "notice": study.notice,
+            "tables": [table.to_dict() for table in findings.tables],
+            "notes": list(findings.notes),
+            "provenance": provenance,
+        },
+    )
+    for table in findings.tables:
+        table.write_csv(study.folder / f"{table.name}.csv")
+    for chart in findings.charts:
+        charts.picture(chart.draw, study.folder / f"{chart.name}.png", chart.size)
+    today = f"{datetime.now():%d %B %Y}".lstrip("0")
+    return write(
+        "experiments/page.html.jinja",
+        {
+            "title": f"casm-fast reproduce {experiment.name}",
+            "eyebrow": f"casm-fast reproduce {experiment.name}, {today}",
+            "verdict": findings.verdict,
+            "lead": f"{experiment.summary[0].upper()}{experiment.summary[1:]}. {PAPER}.",
+            "notice": f"{study.notice[0].upper()}{study.notice[1:]}." if study.notice else "",
+            "tables": findings.tables,
+            "charts": [
+                {
+                    "title": chart.title,
+                    "caption": chart.caption,
+                    "svg": charts.themed_svg(chart.draw, chart.size),
+                    "wide": chart.size[0] > 6,
+                }
+                for chart in findings.charts
+            ],
+            "galleries": findings.galleries,
+            "size": 1,
+            "notes": findings.notes,
+            "provenance": [(k.capitalize(), text) for k, text in provenance.items() if text],
+            "version": casm_fast.__version__,
+            "footer": "Written by casm-fast. Everything on this page is inside this file.",
+        },
+        study.folder / "index.html",
+    )
