@@ -116,4 +116,6 @@ def test_host_snapshots_are_pinned() -> None:
     history = History(network, Strategy.parse("FL"), place="host")
     history.observe(0, network)
     assert all(t.device.type == "cpu" and t.is_pinned() for t in history.snapshots[0].values())
-    assert history.judge(history.snapshots[0], torch.randn(2, 3, device="cuda")).is_cuda
+    drawn = [history.fetch() for _ in range(20)]
+    fetched = next(snapshot for snapshot in drawn if snapshot is not None)
+    assert history.judge(fetched, torch.randn(2, 3, device="cuda")).is_cuda

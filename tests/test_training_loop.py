@@ -307,6 +307,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_last_state(tmp_pa
         {"strategy": "F", "pretrain_epochs": 0, "lambda_r": "auto"},
         {"strategy": "FL", "shared_encoder": False, "infill": "noise"},
         {"strategy": "L", "score": "classification", "classifier_update": "alternating"},
+        {"strategy": "L2", "amp": "fp16", "accumulate": 3},
     ],
 )
 def test_other_configurations_run(fields: dict[str, Any], tmp_path: Path) -> None:

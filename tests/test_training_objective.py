@@ -224,6 +224,11 @@ def test_recipe_follows_the_data_and_yields_to_what_is_set() -> None:
             "got 1",
         ),
         (
+            {"batch_size": 7, "accumulate": 4},
+            "accumulate: expected micro-batches of at least 2 images (batch normalisation needs "
+            "two), got 4 of a batch of 7",
+        ),
+        (
             {"epoch_fraction": 0},
             "epoch_fraction: expected a share greater than 0 and at most 1, got 0",
         ),

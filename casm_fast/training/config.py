@@ -344,9 +344,13 @@ class TrainConfig:
     sync_batchnorm: bool = False
     """Several processes: normalise by the whole batch instead of each process's part of it."""
 
-    amp: Literal["off", "bf16"] = "off"
-    """Mixed precision of the networks' forward passes; weights, losses and statistics stay
-    float32."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision of the networks' passes; weights, losses and statistics stay float32. "fp16"
+    scales the losses, and leaves out steps whose gradients overflow."""
+
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into to save memory; their gradients are added up, batch
+    normalisation sees each alone."""
 
     channels_last: bool = True
     """Keep images and weights in channels-last memory order (faster convolutions on GPUs and some
@@ -400,6 +404,12 @@ class TrainConfig:
             )
             if not numeric or not low <= value <= high:
                 raise ValueError(f"{name}: expected {requirement}, got {value!r}")
+        batch_size = self.recipe().batch_size
+        if batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"accumulate: expected micro-batches of at least 2 images (batch normalisation "
+                f"needs two), got {self.accumulate} of a batch of {batch_size}"
+            )
         if self.lambda_r not in ("preset", "auto") and (
             isinstance(self.lambda_r, (str, bool)) or not 0 <= self.lambda_r < math.inf
         ):
@@ -494,7 +504,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "infill": ("mean", "colour", "blur", "noise"),
     "augment": ("imagenet", "flip", "none"),
     "schedule": ("step", "constant"),
-    "amp": ("off", "bf16"),
+    "amp": ("off", "bf16", "fp16"),
 }
 
 _MOST = 2**31 - 1
@@ -509,6 +519,7 @@ RANGES: dict[str, tuple[type[int] | type[float], float, float, str]] = {
     "decoder_width": (int, 1, 1 << 16, "a whole number >= 1"),
     "input_size": (int, 8, 1 << 16, "a whole number of pixels >= 8"),
     "batch_size": (int, 2, _MOST, "a whole number >= 2 (batch normalisation needs two images)"),
+    "accumulate": (int, 1, _MOST, "a whole number >= 1"),
     "epochs": (int, 0, _MOST, "a whole number >= 0"),
     "epoch_fraction": (float, _TINY, 1.0, "a share greater than 0 and at most 1"),
     "classifier_lr": (float, 0.0, 1e6, "a number >= 0"),

@@ -6,10 +6,9 @@ weights, optimisers, history and random numbers, and do the same steps. Rank 0 a
 Gradients are averaged explicitly instead of by `DistributedDataParallel`: its hooks fire in
 ``backward()`` alone, while a step takes the gradients of two objectives with
 `torch.autograd.grad`, each for its own parameters (the judge must get none), and may run one
-network twice. `World.start_mean` flattens them into one buffer: one collective per objective, and
-the classifier's travels while the mask's gradient is computed. Each rank's loss is weighted by its
-number of images, so that the result is the gradient of the mean over the whole batch also where a
-rank could not read all of its images.
+network twice. `World.start_mean` flattens them into one buffer: one collective per objective, both
+on their way at once. Each rank's gradient is weighted by its number of images, so that the result
+is the gradient of the mean over the whole batch also where a rank could not read all of its images.
 
 Tensors on a GPU go through NCCL. Host values (stop requests, counts, checks) go through gloo and
 never wait for a device.

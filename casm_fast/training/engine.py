@@ -1,61 +1,37 @@
 """One step of Algorithm 1, and the plain classifier step that comes before it.
 
-The flow of a CASM step::
+`Passes` computes, `Descent` moves the weights; this is the order of things::
 
-    images -> classifier -> logits, taps                  one forward pass serves both
-              taps, detached -> decoder -> saliency m     the mask objective never trains the shared
-              encoder
-    (1 - m) images -> f' -> masked logits                 f' = the live classifier or a snapshot of
-    the history
-    classifier:  gradient of eq. 8                        both gradients first,
-    decoder:     gradient of -S(m, f'), decoder alone     then both steps
+    history takes f(k), draws the judge f'
+    clean pass       gradient of the clean half of eq. 8
+    masked pass      gradient of its masked half; gradient of -S(m, f') for the decoder alone
+    both steps       after both gradients
 
-With ``objective="masked_in_out"`` f' sees the masked-in images m x as well, and so does the
-classifier.
-
-Nothing here waits for the device: statistics are summed where they arise until `Engine.statistics`
-reads them. Where several processes share a batch (`distributed`), each computes with its part, and
-gradients are averaged before they are used.
+With ``classifier_update="alternating"`` the classifier steps after each pass. A batch may be cut
+into micro-batches, whose gradients are added up. Nothing here waits for the device: statistics are
+summed where they arise until `Engine.statistics` reads them. Where several processes share a batch
+(`distributed`), each computes with its part, and gradients are averaged before they are used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from casm_fast.models.saliency import SaliencyModel
-from casm_fast.ops import blend, gaussian_blur
 from casm_fast.training.config import Strategy, TrainConfig
+from casm_fast.training.descent import MOST_SKIPPED, Descent, Gradients, GradientSum
 from casm_fast.training.distributed import HostSyncBatchNorm, World, alone
 from casm_fast.training.history import History
-from casm_fast.training.objective import (
-    classification_loss,
-    full_precision,
-    mask_loss,
-    masked_in_loss,
-    prediction_entropy,
-    smoothness,
-)
+from casm_fast.training.passes import STATISTICS, Clean, Passes, hits
 
 PHASES = ("pretrain", "casm")
-
-# What is summed over images between two log lines. `loss`: cross-entropy (pre-training) or eq. 8;
-# `entropy`: of the judge on the masked-out images, nats; `accuracy`: live classifier, clean images;
-# `masked_accuracy`: judge, masked-out images; `masked_in_accuracy`: judge, masked-in images.
-STATISTICS = (
-    "loss",
-    "entropy",
-    "mean_saliency",
-    "accuracy",
-    "masked_accuracy",
-    "masked_in_accuracy",
-)
 
 # lambda_R = "auto" moves ln(lambda_R) by this much per step and unit of excess saliency: an error
 # of 0.1 in the mean saliency changes lambda_R by 1 % in 5 steps, slowly enough for the decoder to
@@ -67,6 +43,23 @@ AUTO_GAIN = 0.02
 WARM_UP = 0.1
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch.
+
+    Attributes:
+        images: ``[b, 3, H, W]``.
+        labels: ``[b]``.
+        noise: The infill, ``[b, 3, H, W]``, or `None`.
+        weight: What its means count for in the mean over the batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    noise: Tensor | None
+    weight: float
+
+
 class Engine:
     """The networks, optimisers, history and counters of a run, and the steps that change them.
 
@@ -76,6 +69,7 @@ class Engine:
         lambda_r: Current lambda_R, ``[]``, on the device.
         phase: ``"pretrain"`` or ``"casm"``, chosen by `begin`.
         images: Images since the statistics were read.
+        passes: What the networks compute in a step.
         world: The processes of the run.
     """
 
@@ -97,8 +91,6 @@ class Engine:
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.memory_format = memory_format
         self.model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.classifier_parameters = list(model.classifier.parameters())
-        self.mask_parameters = list(model.mapping_parameters())
         self.history = History(
             model.classifier,
             self.strategy,
@@ -108,15 +100,13 @@ class Engine:
             seed=config.seed,
         )
         self.lambda_r = torch.tensor(config.lambda_value(classes), device=device)
-        self.lambda_in = config.lambda_in_value(classes)
-        self.masks_in = config.objective == "masked_in_out"
-        colour = (torch.tensor(config.infill_colour) - torch.tensor(model.mean)) / torch.tensor(
-            model.std
+        self.passes = Passes(
+            self.model,
+            self.history,
+            config,
+            lambda_r=self.lambda_r,
+            lambda_in=config.lambda_in_value(classes),
         )
-        self.infill_colour = colour.view(1, 3, 1, 1).to(device)
-        self._normalisations = [
-            module for module in model.classifier.modules() if isinstance(module, _BatchNorm)
-        ]
         self._local_normalisations = [
             module
             for module in model.modules()
@@ -135,14 +125,28 @@ class Engine:
         self.model.requires_grad_(phase == "casm")
         self.model.classifier.requires_grad_(trains_classifier)
         config, recipe = self.config, self.recipe
-        self.classifier_optimizer = torch.optim.SGD(
-            self.classifier_parameters,
-            lr=recipe.classifier_lr if phase == "casm" else recipe.pretrain_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay if phase == "casm" else recipe.pretrain_weight_decay,
+        scaled = config.amp == "fp16"
+        self.classifier_descent = Descent(
+            torch.optim.SGD(
+                self.passes.classifier_parameters,
+                lr=recipe.classifier_lr if phase == "casm" else recipe.pretrain_lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay
+                if phase == "casm"
+                else recipe.pretrain_weight_decay,
+                fused=True,
+            ),
+            scaled=scaled,
         )
-        self.decoder_optimizer = torch.optim.Adam(
-            self.mask_parameters, lr=recipe.decoder_lr, weight_decay=config.weight_decay
+        self.decoder_descent = Descent(
+            torch.optim.Adam(
+                self.passes.mask_parameters,
+                lr=recipe.decoder_lr,
+                weight_decay=config.weight_decay,
+                fused=True,
+            ),
+            scaled=scaled,
+            clip=config.clip_gradient,
         )
         if phase == "casm" and not self.model.shared and recipe.pretrain_epochs > 0:
             # A separate encoder starts as a copy of the pre-trained classifier.
@@ -169,136 +173,123 @@ class Engine:
         )
         labels = labels.to(self.device, non_blocking=True)
         if self.phase == "pretrain":
-            _set_rate(
-                self.classifier_optimizer, self.recipe.pretrain_lr * pretrain_schedule(index, total)
-            )
+            self.classifier_descent.rate = self.recipe.pretrain_lr * pretrain_schedule(index, total)
             self._pretrain_step(images, labels, index)
-            self._average_statistics(labels.shape[0])
+            self._average_statistics(len(labels))
             return
         factor = 1.0
         if self.config.schedule == "step":
             factor = self.config.schedule_factor ** (epoch // self.recipe.schedule_epochs)
-        _set_rate(self.classifier_optimizer, self.recipe.classifier_lr * factor)
-        _set_rate(self.decoder_optimizer, self.recipe.decoder_lr * factor)
+        self.classifier_descent.rate = self.recipe.classifier_lr * factor
+        self.decoder_descent.rate = self.recipe.decoder_lr * factor
         self._casm_step(images, labels, index)
-        self._average_statistics(labels.shape[0])
+        self._average_statistics(len(labels))
 
     def _pretrain_step(self, images: Tensor, labels: Tensor, index: int) -> None:
-        with self._autocast():
-            logits, _ = self.model.classifier(images)
-        loss = F.cross_entropy(full_precision(logits), labels)
-        _descend(
-            self.classifier_optimizer,
-            self.classifier_parameters,
-            self._start_gradients(loss, self.classifier_parameters, labels.shape[0])(),
-        )
-        with torch.no_grad():
-            zero = torch.zeros((), device=self.device)
-            self._record(
-                index,
-                torch.isfinite(loss),
-                labels.shape[0],
-                loss,
-                zero,
-                zero,
-                _hits(logits, labels),
-                zero,
-                zero,
+        theta = GradientSum()
+        scale = self.classifier_descent.factor
+        for part in self._parts(images, labels):
+            clean = self.passes.clean(
+                part.images, part.labels, learns=True, weight=1.0, scale=scale
             )
+            theta.add(clean.gradients, part.weight)
+            means = torch.zeros_like(self._sums)
+            means[STATISTICS.index("loss")] = clean.loss
+            means[STATISTICS.index("accuracy")] = hits(clean.logits, part.labels)
+            self._record(index, torch.isfinite(clean.loss), len(part.labels), means)
+        self.classifier_descent.step(self._start_mean(theta, len(labels))())
+        self._notice_skipped(index)
 
     def _casm_step(self, images: Tensor, labels: Tensor, index: int) -> None:
         """Algorithm 1, one pass through its loop; f(index) is the classifier as it enters."""
-        model, theta, count = self.model, self.classifier_parameters, labels.shape[0]
-        self.history.observe(index, model.classifier)
-        snapshot = self.history.draw()
-        alternating = self.config.classifier_update == "alternating" and not self.strategy.fixed
+        self.history.observe(index, self.model.classifier)
+        snapshot = self.history.fetch()
+        trains = not self.strategy.fixed
+        alternating = self.config.classifier_update == "alternating" and trains
+        # Eq. 8 is the mean over the kinds of image; the authors' two steps take each loss whole.
+        weight = 1.0 if alternating else 1.0 / (1 + self.passes.kinds)
+        theta, phi = GradientSum(), GradientSum()
+        area = torch.zeros((), device=self.device)
+        parts = self._parts(images, labels)
 
-        with self._autocast(), torch.set_grad_enabled(not self.strategy.fixed):
-            logits, taps = model.classifier(images)
-        correct = logits.argmax(dim=1) == labels
-        clean_loss = F.cross_entropy(full_precision(logits), labels)
-        if alternating:
-            clean_gradients = self._start_gradients(clean_loss, theta, count)
-            _descend(self.classifier_optimizer, theta, clean_gradients())
-
-        with self._autocast():
-            # The taps of a shared encoder are detached in there.
-            saliency = full_precision(model.decode(images, taps))
-            kinds = self.masked(images, saliency)
-            judged = [
-                self._classify_masked(masked)
-                if snapshot is None
-                else self.history.judge(snapshot, masked)
-                for masked in kinds
-            ]
-            live = judged
-            if snapshot is not None and not alternating:
-                live = [self._classify_masked(masked.detach()) for masked in kinds]
-
-        if alternating:
-            live = [masked_logits.detach() for masked_logits in live]
-        loss = classification_loss([logits, *live], labels)
-        theta_gradients: Callable[[], Sequence[Tensor | None]] | None = None
-        if alternating and snapshot is None:
-            masked_loss = len(judged) * classification_loss(judged, labels)
-            theta_gradients = self._start_gradients(masked_loss, theta, count, retain=True)
-        elif not alternating and not self.strategy.fixed:
-            theta_gradients = self._start_gradients(loss, theta, count, retain=snapshot is None)
-        objective = mask_loss(
-            judged[0], labels, correct, saliency, self.lambda_r, self.config.score
-        )
-        if self.masks_in:
-            objective = (
-                objective
-                + masked_in_loss(judged[1], labels, saliency, self.lambda_in)
-                + self.config.lambda_tv * smoothness(saliency, images.shape[-2], images.shape[-1])
+        def clean_pass(part: _Part) -> Clean:
+            clean = self.passes.clean(
+                part.images,
+                part.labels,
+                learns=trains,
+                weight=weight,
+                scale=self.classifier_descent.factor,
             )
-        mask_gradients = self._start_gradients(objective, self.mask_parameters, count)
+            if trains:
+                theta.add(clean.gradients, part.weight)
+            return clean
 
+        cleans: list[Clean] = []
+        if alternating:
+            cleans = [clean_pass(part) for part in parts]
+            self.classifier_descent.step(self._start_mean(theta, len(labels))())
+        learns = trains and not (alternating and snapshot is not None)
+        for number, part in enumerate(parts):
+            masked = self.passes.masked(
+                part.images,
+                part.labels,
+                cleans[number] if alternating else clean_pass(part),
+                snapshot,
+                part.noise,
+                learns=learns,
+                weight=weight,
+                scale=self.classifier_descent.factor,
+                mask_scale=self.decoder_descent.factor,
+            )
+            if learns:
+                theta.add(masked.classifier_gradients, part.weight)
+            phi.add(masked.mask_gradients, part.weight)
+            area += part.weight * masked.statistics[STATISTICS.index("mean_saliency")]
+            self._record(index, masked.finite, len(part.labels), masked.statistics)
+
+        theta_gradients = self._start_mean(theta, len(labels)) if learns else None
+        phi_gradients = self._start_mean(phi, len(labels))
         if theta_gradients is not None:
-            _descend(self.classifier_optimizer, theta, theta_gradients())
-        _descend(
-            self.decoder_optimizer,
-            self.mask_parameters,
-            mask_gradients(),
-            clip=self.config.clip_gradient,
-        )
+            self.classifier_descent.step(theta_gradients())
+        self.decoder_descent.step(phi_gradients())
+        self._notice_skipped(index)
+        if self.config.lambda_r == "auto":
+            (mean_area,) = self.world.start_mean([area], self._weight(len(labels)))()
+            if mean_area is not None:
+                self.lambda_r *= torch.exp(AUTO_GAIN * (mean_area - self.config.target_saliency))
 
-        with torch.no_grad():
-            area = saliency.mean()
-            if self.config.lambda_r == "auto":
-                excess = self._mean(area, count) - self.config.target_saliency
-                self.lambda_r *= torch.exp(AUTO_GAIN * excess)
-            self._record(
-                index,
-                torch.isfinite(loss) & torch.isfinite(objective),
-                count,
-                loss,
-                prediction_entropy(judged[0]).mean(),
-                area,
-                correct.float().mean(),
-                _hits(judged[0], labels),
-                _hits(judged[-1], labels),
+    def _parts(self, images: Tensor, labels: Tensor) -> list[_Part]:
+        """The micro-batches; each has two images or more."""
+        noise = self._noise(images)
+        count = max(1, min(self.config.accumulate, len(labels) // 2))
+        return [
+            _Part(part, targets, noisy, len(targets) / len(labels) * self._weight(len(labels)))
+            for part, targets, noisy in zip(
+                images.tensor_split(count),
+                labels.tensor_split(count),
+                [None] * count if noise is None else noise.tensor_split(count),
+                strict=True,
             )
+        ]
 
-    def _start_gradients(
-        self, loss: Tensor, parameters: Sequence[Tensor], images: int, retain: bool = False
-    ) -> Callable[[], Sequence[Tensor | None]]:
-        """Compute gradients of `loss`, a mean over this process's `images`; begin to average them.
+    def _noise(self, images: Tensor) -> Tensor | None:
+        """What masked pixels become with ``infill="noise"``, ``[B, 3, H, W]``."""
+        if self.config.infill != "noise" or self.phase == "pretrain":
+            return None
+        # All processes draw for a whole batch, so that their generators stay equal.
+        first, _ = self.world.part(self.recipe.batch_size)
+        rows = max(self.recipe.batch_size, first + len(images))
+        whole = images.new_empty((rows, *images.shape[1:]))
+        noise = torch.randn_like(whole.contiguous(memory_format=self.memory_format))
+        return noise[first : first + len(images)]
 
-        Returns:
-            A function that gives the gradients of the mean over the whole batch.
-        """
-        weight = self.world.weight(images, self.recipe.batch_size)
-        if weight != 1.0:
-            loss = loss * weight
-        return self.world.start_mean(_gradients(loss, parameters, retain), weight)
+    def _weight(self, images: int) -> float:
+        """What this process's mean over `images` counts for in the mean over the batch."""
+        return self.world.weight(images, self.recipe.batch_size)
 
-    def _mean(self, mean: Tensor, images: int) -> Tensor:
-        """The mean over the whole batch of what `mean` is over this process's `images`."""
-        weight = self.world.weight(images, self.recipe.batch_size)
-        (whole,) = self.world.start_mean([mean * weight], weight)()
-        return mean if whole is None else whole
+    def _start_mean(self, gradients: GradientSum, images: int) -> Callable[[], Gradients]:
+        """Begin to average gradients, weighted already, over the processes."""
+        return self.world.start_mean(gradients.take(), self._weight(images))
 
     def _average_statistics(self, images: int) -> None:
         """Make the running batch statistics those of all processes.
@@ -316,74 +307,12 @@ class Engine:
             for buffer in (layer.running_mean, layer.running_var)
             if buffer is not None
         ]
-        weight = self.world.weight(images, self.recipe.batch_size)
+        weight = self._weight(images)
         with torch.no_grad():
             means = self.world.start_mean([buffer * weight for buffer in running], weight)()
             for buffer, mean in zip(running, means, strict=True):
                 if mean is not None:
                     buffer.copy_(mean)
-
-    def _classify_masked(self, masked: Tensor) -> Tensor:
-        """The live classifier on masked images, ``[B, 3, H, W] -> [B, K]``.
-
-        In train mode it normalises by the batch. Whether the running statistics, which evaluation
-        uses on clean images, follow too is `TrainConfig.masked_statistics`: where masks remove
-        most of the evidence the two kinds of image have such different statistics that their
-        mixture fits neither.
-        """
-        momenta = [layer.momentum for layer in self._normalisations]
-        if not self.recipe.masked_statistics:
-            for layer in self._normalisations:
-                layer.momentum = 0.0
-        logits: Tensor = self.model.classifier(masked)[0]
-        for layer, momentum in zip(self._normalisations, momenta, strict=True):
-            layer.momentum = momentum
-        return logits
-
-    def masked_out(self, images: Tensor, saliency: Tensor) -> Tensor:
-        """``(1 - m) x + m r``: the images with their salient part replaced by the infill r.
-
-        Args:
-            images: Normalised, ``[B, 3, H, W]``.
-            saliency: m, ``[B, 1, h, w]``, at the decoder's resolution.
-
-        Returns:
-            ``[B, 3, H, W]``, differentiable in `saliency`.
-        """
-        masked: Tensor = blend(images, self._reference(images), 1.0 - saliency)
-        return masked
-
-    def masked(self, images: Tensor, saliency: Tensor) -> list[Tensor]:
-        """What the judge sees: `masked_out`, and if the objective asks for it ``m x + (1 - m) r``.
-
-        Args:
-            images: Normalised, ``[B, 3, H, W]``.
-            saliency: m, ``[B, 1, h, w]``, at the decoder's resolution.
-
-        Returns:
-            One or two of ``[B, 3, H, W]``, differentiable in `saliency`.
-        """
-        reference = self._reference(images)
-        kept = [1.0 - saliency, saliency] if self.masks_in else [1.0 - saliency]
-        return [blend(images, reference, mask) for mask in kept]
-
-    def _reference(self, images: Tensor) -> Tensor | None:
-        """What masked pixels become; `None` is zero, the mean colour of normalised images."""
-        if self.config.infill == "colour":
-            return self.infill_colour.to(images.dtype).expand_as(images)
-        if self.config.infill == "blur":
-            return gaussian_blur(images, self.config.infill_sigma)
-        if self.config.infill == "noise":
-            if not self.model.training:
-                # One picture for all: a validation must not depend on who looks at which image.
-                return torch.randn_like(images[:1]).expand_as(images)
-            # All processes draw for a whole batch, so that their generators stay equal.
-            first, _ = self.world.part(self.recipe.batch_size)
-            rows = max(self.recipe.batch_size, first + len(images))
-            whole = images.new_empty((rows, *images.shape[1:]))
-            noise = torch.randn_like(whole.contiguous(memory_format=self.memory_format))
-            return noise[first : first + len(images)]
-        return None
 
     def statistics(self) -> dict[str, float]:
         """Means over the images since the last call (one wait for the device), then start anew.
@@ -402,9 +331,17 @@ class Engine:
             name: value / max(images, 1) for name, value in zip(STATISTICS, values, strict=True)
         }
         if self.phase == "pretrain":
-            return {name: means[name] for name in ("loss", "accuracy")}
-        if not self.masks_in:
+            means = {name: means[name] for name in ("loss", "accuracy")}
+        elif self.passes.kinds == 1:
             del means["masked_in_accuracy"]
+        for name, factor in (
+            ("classifier_loss_scale", self.classifier_descent.factor),
+            ("mask_loss_scale", self.decoder_descent.factor),
+        ):
+            if factor is not None:
+                means[name] = float(factor)
+        if self.phase == "pretrain":
+            return means
         if self.config.lambda_r == "auto":
             means["lambda_r"] = float(self.lambda_r)
         return means
@@ -413,16 +350,17 @@ class Engine:
         """Stop a run that has gone astray, on all processes at once; waits for the device.
 
         Raises:
-            FloatingPointError: When a loss has not been a finite number; the message names the
-                step.
+            FloatingPointError: When a loss has not been a finite number, or `MOST_SKIPPED` steps
+                in a row were left out by loss scaling; the message names the step.
         """
         never = torch.iinfo(torch.int64).max
         bad_step = int(self.world.smallest(torch.where(self._bad_step < 0, never, self._bad_step)))
         if bad_step < never:
             rates = "pretrain_lr" if self.phase == "pretrain" else "classifier_lr or decoder_lr"
             precision = ", or amp='off'" if self.config.amp != "off" else ""
+            subject = "the loss or its gradient" if self.config.amp == "fp16" else "the loss"
             raise FloatingPointError(
-                f"the loss is not a finite number from step {bad_step} of the {self.phase} phase "
+                f"{subject} is not a finite number from step {bad_step} of the {self.phase} phase "
                 f"on: try a lower {rates}{precision}; the state saved last is from before that step"
             )
 
@@ -433,8 +371,8 @@ class Engine:
         """
         return {
             "model": self.model.state_dict(),
-            "classifier_optimizer": self.classifier_optimizer.state_dict(),
-            "decoder_optimizer": self.decoder_optimizer.state_dict(),
+            "classifier_descent": self.classifier_descent.state(),
+            "decoder_descent": self.decoder_descent.state(),
             "lambda_r": self.lambda_r,
             "history_steps": self.history.steps,
             "history_generator": self.history.generator.get_state(),
@@ -456,8 +394,8 @@ class Engine:
         """Continue from what `state` returned."""
         self.begin(state["phase"])
         self.model.load_state_dict(state["model"])
-        self.classifier_optimizer.load_state_dict(state["classifier_optimizer"])
-        self.decoder_optimizer.load_state_dict(state["decoder_optimizer"])
+        self.classifier_descent.restore(state["classifier_descent"])
+        self.decoder_descent.restore(state["decoder_descent"])
         self.lambda_r.copy_(state["lambda_r"])
         self.history.restore(state["history_steps"], snapshots, state["history_generator"])
         if self.world.leads:  # what all have summed is counted once
@@ -465,16 +403,18 @@ class Engine:
             self.images = state["images"]
         self._bad_step.copy_(state["bad_step"])
 
-    def _record(self, index: int, finite: Tensor, images: int, *means: Tensor) -> None:
+    def _record(self, index: int, finite: Tensor, images: int, means: Tensor) -> None:
         """Add batch means, in the order of `STATISTICS`; remember the first step not finite."""
-        self._sums += images * torch.stack([mean.detach().float() for mean in means])
+        self._sums += images * means
         self.images += images
         self._bad_step = torch.where((self._bad_step < 0) & ~finite, index, self._bad_step)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"
-        )
+    def _notice_skipped(self, index: int) -> None:
+        """Remember this step where too many in a row had to be left out."""
+        for descent in (self.classifier_descent, self.decoder_descent):
+            if descent.scale is not None:
+                stuck = descent.scale.skipped >= MOST_SKIPPED
+                self._bad_step = torch.where((self._bad_step < 0) & stuck, index, self._bad_step)
 
 
 def pretrain_schedule(step: int, total: int) -> float:
@@ -483,36 +423,3 @@ def pretrain_schedule(step: int, total: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the rows whose largest logit is the label's."""
-    return (logits.argmax(dim=1) == labels).float().mean()
-
-
-def _gradients(
-    loss: Tensor, parameters: Sequence[Tensor], retain: bool = False
-) -> tuple[Tensor | None, ...]:
-    """Gradients for `parameters` alone; `None` where the loss does not reach (a second head)."""
-    return torch.autograd.grad(loss, parameters, retain_graph=retain, allow_unused=True)
-
-
-def _descend(
-    optimizer: torch.optim.Optimizer,
-    parameters: Iterable[Tensor],
-    gradients: Sequence[Tensor | None],
-    clip: float | None = None,
-) -> None:
-    """One optimiser step with these gradients, their joint norm clipped to `clip`."""
-    parameters = list(parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    if clip is not None:
-        nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate

@@ -91,13 +91,24 @@ class History:
             return None
         return self.snapshots[int(torch.randint(len(self.snapshots), (), generator=self.generator))]
 
-    def judge(self, snapshot: Snapshot, images: Tensor) -> Tensor:
-        """Logits of a snapshot in evaluation mode: ``[B, 3, H, W] -> [B, K]``, differentiable."""
-        on_device = {
+    def fetch(self) -> Snapshot | None:
+        """`draw`, with the snapshot's tensors on the classifier's device; nothing waits."""
+        snapshot = self.draw()
+        if snapshot is None:
+            return None
+        return {
             name: tensor.to(self.device, non_blocking=True) for name, tensor in snapshot.items()
         }
+
+    def judge(self, snapshot: Snapshot, images: Tensor) -> Tensor:
+        """Logits of a snapshot in evaluation mode: ``[B, 3, H, W] -> [B, K]``, differentiable.
+
+        Args:
+            snapshot: What `fetch` gave, on the device of the images.
+            images: Normalised, ``[B, 3, H, W]``.
+        """
         logits: Tensor
-        logits, _ = torch.func.functional_call(self._skeleton, on_device, (images,), strict=True)
+        logits, _ = torch.func.functional_call(self._skeleton, snapshot, (images,), strict=True)
         return logits
 
     def restore(self, steps: list[int], snapshots: list[Snapshot], generator_state: Tensor) -> None:

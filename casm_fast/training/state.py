@@ -24,7 +24,7 @@ from casm_fast.training.config import FREE_FIELDS
 from casm_fast.training.engine import Engine
 from casm_fast.training.history import Snapshot
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

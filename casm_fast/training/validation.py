@@ -67,7 +67,7 @@ def _scores(engine: Engine, source: ImageSource) -> dict[str, float]:
         images = normalize(batch.images.to(engine.device))
         labels = torch.tensor([source.label(i) for i in batch.indices], device=engine.device)
         saliency, logits = engine.model(images)
-        masked_logits, _ = engine.model.classifier(engine.masked_out(images, saliency))
+        masked_logits, _ = engine.model.classifier(engine.passes.masked_out(images, saliency))
         overlap = torch.full((len(labels),), torch.nan, dtype=torch.float64)
         if source.has_boxes and engine.phase == "casm":
             boxes, _ = mask_boxes(saliency)
