@@ -95,16 +95,15 @@ def test_a_parameter_that_no_loss_reaches_stays() -> None:
 
 def test_sums_of_gradients_leave_their_terms_alone() -> None:
     """Two parameters may be given one tensor, and one term may reach more than another."""
-    same = torch.full((2,), 3.0)
+    same, more = torch.full((2,), 3.0), torch.ones(1)
     total = GradientSum()
     total.add([same, same, None, None])
-    total.add([torch.ones(2), torch.zeros(2), torch.ones(1), None], 2.0)
-    total.add([torch.ones(2), None, torch.ones(1), None])
+    total.add([torch.full((2,), 2.0), torch.zeros(2), more, None])
+    total.add([torch.ones(2), None, more, None])
     found = total.take()
-    assert [None if g is None else g.tolist() for g in found] == [[6, 6], [3, 3], [3], None]
-    assert same.tolist() == [3.0, 3.0]
-    total.add([torch.ones(2)], 0.5)
-    total.add([torch.ones(2)], 0.25)
-    assert total.take()[0].tolist() == [0.75, 0.75]
+    assert [None if g is None else g.tolist() for g in found] == [[6, 6], [3, 3], [2], None]
+    assert (same.tolist(), more.tolist()) == ([3.0, 3.0], [1.0])
+    total.add([same])
+    assert total.take()[0] is same
     with pytest.raises(RuntimeError, match=r"^GradientSum\.take: expected a gradient to have been"):
         total.take()

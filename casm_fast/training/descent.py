@@ -151,38 +151,32 @@ class Descent:
 
 
 class GradientSum:
-    """The weighted sum of gradients of several losses for the same parameters."""
+    """The sum of the gradients of several losses for the same parameters."""
 
     def __init__(self) -> None:
         self._total: list[Tensor | None] | None = None
-        self._owned = False  # whether the tensors are nobody else's, and may be added to
 
-    def add(self, gradients: Gradients, weight: float = 1.0) -> None:
-        """Add ``weight * gradients``."""
-        if self._total is None and weight == 1.0:
+    def add(self, gradients: Gradients) -> None:
+        """Add the gradients of one loss, which stay as they are."""
+        if self._total is None:
             self._total = list(gradients)
             return
-        if self._total is None:
-            self._total = [None if g is None else g * weight for g in gradients]
-            self._owned = True
-            return
-        if not self._owned:
-            # Two parameters may have been given one and the same tensor.
-            self._total = [None if g is None else g.clone() for g in self._total]
-            self._owned = True
-        sums, terms = [], []
-        for place, gradient in enumerate(gradients):
-            so_far = self._total[place]
+        places, sums, terms = [], [], []
+        for place, (so_far, gradient) in enumerate(zip(self._total, gradients, strict=True)):
             if so_far is None:
-                self._total[place] = None if gradient is None else gradient * weight
+                self._total[place] = gradient
             elif gradient is not None:
+                places.append(place)
                 sums.append(so_far)
                 terms.append(gradient)
-        torch._foreach_add_(sums, terms, alpha=weight)
+        if places:
+            # Not in place: two parameters may have been given one and the same tensor.
+            for place, total in zip(places, torch._foreach_add(sums, terms), strict=True):
+                self._total[place] = total
 
     def take(self) -> Gradients:
         """The sum; the next one starts at nothing."""
-        total, self._total, self._owned = self._total, None, False
+        total, self._total = self._total, None
         if total is None:
             raise RuntimeError("GradientSum.take: expected a gradient to have been added, got none")
         return total

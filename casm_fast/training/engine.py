@@ -190,9 +190,9 @@ class Engine:
         scale = self.classifier_descent.factor
         for part in self._parts(images, labels):
             clean = self.passes.clean(
-                part.images, part.labels, learns=True, weight=1.0, scale=scale
+                part.images, part.labels, learns=True, weight=part.weight, scale=scale
             )
-            theta.add(clean.gradients, part.weight)
+            theta.add(clean.gradients)
             means = torch.zeros_like(self._sums)
             means[STATISTICS.index("loss")] = clean.loss
             means[STATISTICS.index("accuracy")] = hits(clean.logits, part.labels)
@@ -217,11 +217,11 @@ class Engine:
                 part.images,
                 part.labels,
                 learns=trains,
-                weight=weight,
+                weight=weight * part.weight,
                 scale=self.classifier_descent.factor,
             )
             if trains:
-                theta.add(clean.gradients, part.weight)
+                theta.add(clean.gradients)
             return clean
 
         cleans: list[Clean] = []
@@ -237,13 +237,14 @@ class Engine:
                 snapshot,
                 part.noise,
                 learns=learns,
-                weight=weight,
+                weight=weight * part.weight,
+                mask_weight=part.weight,
                 scale=self.classifier_descent.factor,
                 mask_scale=self.decoder_descent.factor,
             )
             if learns:
-                theta.add(masked.classifier_gradients, part.weight)
-            phi.add(masked.mask_gradients, part.weight)
+                theta.add(masked.classifier_gradients)
+            phi.add(masked.mask_gradients)
             area += part.weight * masked.statistics[STATISTICS.index("mean_saliency")]
             self._record(index, masked.finite, len(part.labels), masked.statistics)
 

@@ -81,7 +81,8 @@ class Masked(NamedTuple):
     Attributes:
         classifier_gradients: Of ``weight * scale *`` the summed losses on the kinds of masked
             image; empty when they are not asked for.
-        mask_gradients: Of ``scale *`` the mask's objective, for the decoder and a separate encoder.
+        mask_gradients: Of ``mask_weight * mask_scale *`` the mask's objective, for the decoder and
+            a separate encoder.
         statistics: The means of `STATISTICS`, ``[6]``.
         finite: Whether both losses are, ``[]`` bool.
     """
@@ -167,6 +168,7 @@ class Passes:
         *,
         learns: bool,
         weight: float,
+        mask_weight: float,
         scale: Tensor | None,
         mask_scale: Tensor | None,
     ) -> Masked:
@@ -179,7 +181,8 @@ class Passes:
             snapshot: The judge, on the device; `None` for the live classifier.
             noise: What masked pixels become with ``infill="noise"``, ``[B, 3, H, W]``, else `None`.
             learns: Whether the classifier's gradients are wanted.
-            weight: Of each kind of masked image in the classifier's objective.
+            weight: Of the loss on each kind of masked image in the classifier's objective.
+            mask_weight: Of the mask's objective.
             scale: Scale of the classifier's loss, ``[]``, or `None`.
             mask_scale: Scale of the mask's loss, ``[]``, or `None`.
         """
@@ -215,7 +218,9 @@ class Passes:
                 + masked_in_loss(judged[1], labels, saliency, self.lambda_in)
                 + self.config.lambda_tv * smoothness(saliency, images.shape[-2], images.shape[-1])
             )
-        mask_gradients = _gradients(_times(objective, 1.0, mask_scale), self.mask_parameters)
+        mask_gradients = _gradients(
+            _times(objective, mask_weight, mask_scale), self.mask_parameters
+        )
 
         with torch.no_grad():
             seen = judged if live is None else live
