@@ -6,6 +6,10 @@ One race is one op on one input. Its rules:
   error is written beside its time;
 * all competitors run with the same number of threads, in turn (A B C A B C ...), so that a load
   from outside slows all of them; the median and the 10th and 90th percentile are kept;
+* a turn begins with untimed calls of the same competitor, until the threads of the one before have
+  stopped to spin and its own are awake (`SETTLE`);
+* the threads that a competitor keeps busy are bound to one CPU each while the race lasts
+  (`placed`, on Linux);
 * traffic is set against a copy that is measured in the same process.
 
 `make bench` keeps freed blocks in the allocator for everybody (MALLOC_* in the Makefile): without
@@ -15,9 +19,14 @@ six times slower than they are.
 
 from __future__ import annotations
 
+import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +36,11 @@ import torch
 Competitor = Callable[[], Any]
 
 KEEP = 5  # rounds that are run however long they take
-FAR_BEHIND = 20  # a rival this many times slower than we are is out after
-FEW = 2  # rounds: more would measure the same loss for minutes
+SETTLE = 0.02  # seconds of untimed calls: GNU OpenMP spins for 5 to 13 ms after its work
+TURN = 0.01  # seconds of timed calls in a turn, at least one
+FAR_BEHIND = 20  # a rival this many times slower than we are is out after a
+SHARE = 0.25  # of the time for the race and
+FEW = 2  # calls: more would measure the same loss for minutes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,8 +92,8 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large copy, read and write counted."""
     source = torch.ones(64 << 20, device=device)  # 256 MiB: larger than any cache here
     target = torch.empty_like(source)
-    target.copy_(source)
-    times = [_seconds(lambda: target.copy_(source), 1, device) for _ in range(9)]
+    with placed({"copy": lambda: target.copy_(source)}, device):
+        times = [_seconds(lambda: target.copy_(source), 1, device) for _ in range(9)]
     return 2 * source.nbytes / statistics.median(times)
 
 
@@ -99,6 +111,60 @@ def _seconds(call: Competitor, repeats: int, device: torch.device) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def settle(call: Competitor, device: torch.device) -> float:
+    """Calls for `SETTLE` seconds, at least once, and tells the seconds of the quickest call."""
+    start = time.perf_counter()
+    quickest = _seconds(call, 1, device)
+    while time.perf_counter() - start < SETTLE:
+        quickest = min(quickest, _seconds(call, 1, device))
+    return max(quickest, 1e-7)
+
+
+def _busy_nanoseconds() -> Counter[int]:
+    """How long each thread of this process has run, by its id."""
+    busy: Counter[int] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            busy[int(task.name)] = int((task / "schedstat").read_text().split()[0])
+        except OSError:
+            continue  # a thread that has just ended, or a kernel that does not count
+    return busy
+
+
+@contextmanager
+def placed(field: Mapping[str, Competitor], device: torch.device) -> Iterator[dict[str, float]]:
+    """Binds the threads that a competitor keeps busy to one CPU each; yields seconds of one call.
+
+    Left alone, some schedulers (those of virtual machines above all) wake two threads of a team on
+    one CPU while another idles, and leave them there for a second. Whoever waits for the second
+    thread by spinning, as GNU OpenMP does, then keeps it from running: a call of 0.1 ms takes 8.
+    Who is struck changes from run to run, so the threads of all competitors are placed.
+    """
+    everywhere = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    place = {threading.get_native_id(): min(everywhere)} if everywhere else {}
+    quickest = {}
+    for name, call in field.items():
+        before = _busy_nanoseconds() if everywhere else Counter()
+        quickest[name] = settle(call, device)
+        if device.type != "cpu" or not everywhere:
+            continue
+        spent = _busy_nanoseconds() - before  # positive counts only
+        team = sorted(thread for thread, share in spent.items() if share > SETTLE * 1e7)
+        load = Counter(place[thread] for thread in team if thread in place)
+        for thread in team:
+            if thread not in place:
+                place[thread] = min(sorted(everywhere), key=load.__getitem__)
+                load[place[thread]] += 1
+    threads = place if device.type == "cpu" else {}
+    for thread, cpu in threads.items():
+        os.sched_setaffinity(thread, {cpu})
+    try:
+        yield quickest
+    finally:
+        for thread in threads.keys() & _busy_nanoseconds().keys():
+            os.sched_setaffinity(thread, everywhere)
 
 
 def _arrays(result: Any) -> list[np.ndarray]:
@@ -156,14 +222,21 @@ def race(
             if name not in inexact:
                 assert errors[name] <= allowed, f"{op} {case}: {name} is off by {errors[name]:.3g}"
         seconds: dict[str, list[float]] = {name: [] for name in field}
-        warm = {name: max(_seconds(call, 1, device), 1e-7) for name, call in field.items()}
-        repeats = {name: max(1, int(2e-4 / once)) for name, once in warm.items()}
-        start = time.perf_counter()
-        while len(seconds["ours"]) < KEEP or time.perf_counter() - start < limit:
-            for name, call in field.items():
-                if warm[name] > FAR_BEHIND * warm["ours"] and len(seconds[name]) >= FEW:
-                    continue
-                seconds[name].append(_seconds(call, repeats[name], device))
+        rounds = 0
+        with placed(field, device) as quickest:
+            repeats = {name: max(1, int(2e-4 / once)) for name, once in quickest.items()}
+            start = time.perf_counter()
+            while rounds < KEEP or time.perf_counter() - start < limit:
+                rounds += 1
+                for name, call in field.items():
+                    far = quickest[name] > FAR_BEHIND * quickest["ours"]
+                    if far and len(seconds[name]) >= FEW and sum(seconds[name]) > SHARE * limit:
+                        continue
+                    settle(call, device)
+                    turn = time.perf_counter()
+                    while time.perf_counter() - turn < TURN:
+                        seconds[name].append(_seconds(call, repeats[name], device))
+            benchmark.pedantic(ours, rounds=3, iterations=repeats["ours"])
 
         def row(name: str) -> dict[str, Any]:
             p10, median, p90 = (np.percentile(seconds[name], [10, 50, 90]) * 1e3).tolist()
@@ -186,7 +259,7 @@ def race(
             "threads": torch.get_num_threads(),
             "images": images,
             "bytes": bytes,
-            "rounds": len(seconds["ours"]),
+            "rounds": rounds,
             "competitors": rows,
             "best_peer": best,
             "ratio": rows[best]["median_ms"] / rows["ours"]["median_ms"] if best else None,
@@ -197,7 +270,6 @@ def race(
         }
         benchmark.group = op
         benchmark.extra_info.update(result)
-        benchmark.pedantic(ours, rounds=3, iterations=repeats["ours"])
         return result
 
     return run

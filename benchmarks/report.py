@@ -26,12 +26,13 @@ Rendered from the JSON under `benchmarks/results/` by `make bench-report`; measu
 
 How to read it. Every result was checked against the specification before it was timed. All
 competitors of a row ran in one process with the same threads, in turn (A B C A B C ...), with an
-allocator that keeps freed memory; times are medians, with the 10th and 90th percentile; a rival
-more than twenty times slower than we are runs in two rounds only. *Ratio* is
-the best exact peer's time over ours: above 1 we win, **below 1 we lose**. *Copy* is our compulsory
-traffic (every input read once, every output written once) as a share of a large copy measured in
-the same process; above 100 % the data stayed in cache. Peers marked † do not compute the same thing
-and are not ranked.
+allocator that keeps freed memory. A turn begins with 20 ms of untimed calls, and every thread that
+a competitor keeps busy has a CPU of its own, for all of them alike. Times are medians, with the
+10th and 90th percentile; a rival more than twenty times slower than we are is timed for a quarter
+of the race at most. *Ratio* is the best exact peer's time over ours: above 1 we win, **below 1 we
+lose**. *Copy* is our compulsory traffic (every input read once, every output written once) as a
+share of a large copy measured in the same process; above 100 % the data stayed in cache. Peers
+marked † do not compute the same thing and are not ranked.
 """
 
 
