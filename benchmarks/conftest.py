@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ Competitor = Callable[[], Any]
 
 KEEP = 5  # rounds that are run however long they take
 SETTLE = 0.02  # seconds of untimed calls: GNU OpenMP spins for 5 to 13 ms after its work
+BUSY = 2e5  # nanoseconds that a thread runs in that time if it takes part
 TURN = 0.01  # seconds of timed calls in a turn, at least one
 FAR_BEHIND = 20  # a rival this many times slower than we are is out after a
 SHARE = 0.25  # of the time for the race and
@@ -142,28 +144,27 @@ def placed(field: Mapping[str, Competitor], device: torch.device) -> Iterator[di
     thread by spinning, as GNU OpenMP does, then keeps it from running: a call of 0.1 ms takes 8.
     Who is struck changes from run to run, so the threads of all competitors are placed.
     """
-    everywhere = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    linux = device.type == "cpu" and sys.platform == "linux"
+    everywhere = os.sched_getaffinity(0) if linux else set()
     place = {threading.get_native_id(): min(everywhere)} if everywhere else {}
     quickest = {}
     for name, call in field.items():
         before = _busy_nanoseconds() if everywhere else Counter()
         quickest[name] = settle(call, device)
-        if device.type != "cpu" or not everywhere:
-            continue
-        spent = _busy_nanoseconds() - before  # positive counts only
-        team = sorted(thread for thread, share in spent.items() if share > SETTLE * 1e7)
+        # What remains of a subtraction of counters is positive: threads that have run.
+        spent = _busy_nanoseconds() - before if everywhere else Counter()
+        team = sorted(thread for thread, ran in spent.items() if ran > BUSY)
         load = Counter(place[thread] for thread in team if thread in place)
         for thread in team:
             if thread not in place:
                 place[thread] = min(sorted(everywhere), key=load.__getitem__)
                 load[place[thread]] += 1
-    threads = place if device.type == "cpu" else {}
-    for thread, cpu in threads.items():
+    for thread, cpu in place.items():
         os.sched_setaffinity(thread, {cpu})
     try:
         yield quickest
     finally:
-        for thread in threads.keys() & _busy_nanoseconds().keys():
+        for thread in place.keys() & _busy_nanoseconds().keys():
             os.sched_setaffinity(thread, everywhere)
 
 
