@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
@@ -238,6 +239,25 @@ def test_other_errors_reach_the_caller(train):
 
     with pytest.raises(ZeroDivisionError):
         next(training_batches(Failing(train), **COMMON, workers=2))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_label_beyond_the_classes_is_refused(memory, train, in_memory):
+    class Mislabelled(Counting):
+        def label(self, index):
+            return 9 if index == 3 else self.source.label(index)
+
+    if in_memory:
+        source = Counting(memory)
+        source.labels = np.where(np.arange(len(memory)) == 3, 9, memory.labels)
+    else:
+        source = Mislabelled(train)
+    message = (
+        f"expected labels from 0 to 7, one for each class of {source.name}, got 9 for "
+        f"{source.image_id(3)}; name every class in `classes`"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        list(training_batches(source, size=64, batch_size=20, seed=0, epoch=0, augment="none"))
 
 
 def test_unlabelled_images_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from casm_fast.data.loading import (
 )
 from casm_fast.data.localization import box_iou, centred_box, iou, localisation_error
 from casm_fast.data.source import ImageSource, open_source
+from casm_fast.data.subset import Subset, subset
 from casm_fast.data.synthetic import SyntheticSource, generate, write_tree
 from casm_fast.data.transforms import (
     IMAGENET_MEAN,
@@ -32,6 +33,7 @@ __all__ = [
     "ImageNetSource",
     "ImageSource",
     "Policy",
+    "Subset",
     "SyntheticSource",
     "TrainingBatch",
     "batches_per_epoch",
@@ -48,6 +50,7 @@ __all__ = [
     "normalize",
     "open_source",
     "resize",
+    "subset",
     "training_batches",
     "write_tree",
 ]

@@ -336,7 +336,9 @@ def _array_batches(
             mirrored = uniforms(seed, epoch, chunk, 1)[:, 0] < 0.5
             pictures[mirrored] = pictures[mirrored, :, ::-1]
         images = normalize(torch.from_numpy(pictures))
-        yield TrainingBatch(_pinned(images, pin_memory), torch.from_numpy(source.labels[chunk]), ())
+        labels = source.labels[chunk]
+        _check_labels(source, chunk.tolist(), labels.tolist())
+        yield TrainingBatch(_pinned(images, pin_memory), torch.from_numpy(labels), ())
 
 
 def _file_batches(
@@ -359,18 +361,29 @@ def _file_batches(
                 labels.append(source.label(index))
         if errors and (strict or not (squares or may_be_empty)):
             raise errors[0]
-        if min(labels, default=0) < 0:
-            unknown = next(source.image_id(index) for index in chunk if source.label(index) < 0)
-            raise ValueError(
-                f"expected a label for every training image of {source.name}, got none for "
-                f"{unknown}; put the images into class folders"
-            )
+        _check_labels(source, chunk, [source.label(index) for index in chunk])
         pixels = np.stack(squares) if squares else np.empty((0, size, size, 3), np.uint8)
         yield TrainingBatch(
             _pinned(normalize(torch.from_numpy(pixels)), pin_memory),
             torch.tensor(labels, dtype=torch.int64),
             tuple(map(str, errors)),
         )
+
+
+def _check_labels(source: ImageSource, indices: list[int], labels: list[int]) -> None:
+    """Refuses a label that the classifier has no logit for."""
+    classes = len(source.classes) or max(labels, default=0) + 1  # unknown names refuse no label
+    for index, label in zip(indices, labels, strict=True):
+        if label < 0:
+            raise ValueError(
+                f"expected a label for every training image of {source.name}, got none for "
+                f"{source.image_id(index)}; put the images into class folders"
+            )
+        if label >= classes:
+            raise ValueError(
+                f"expected labels from 0 to {classes - 1}, one for each class of {source.name}, "
+                f"got {label} for {source.image_id(index)}; name every class in `classes`"
+            )
 
 
 def _image_batches(
