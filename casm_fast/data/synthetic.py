@@ -77,6 +77,7 @@ class SyntheticSource:
         emblem_masks: ``[N, S, S]`` bool, the union of the emblems, each within its object; all
             false without emblems.
         split: "train" or "val"; the two share no picture.
+        emblem: Percentage of the pictures whose emblems tell the truth; None without emblems.
         items: What the scenes show.
         grounds: What it is painted on.
         box_table: ``[M, 4]`` int32 boxes of all pictures, one after the other.
@@ -90,6 +91,7 @@ class SyntheticSource:
     masks: NDArray[np.bool_]
     emblem_masks: NDArray[np.bool_]
     split: str
+    emblem: int | None
     items: Items
     grounds: Backgrounds
     box_table: NDArray[np.int32]
@@ -217,6 +219,7 @@ def generate(
         masks=masks,
         emblem_masks=emblem_masks,
         split=split,
+        emblem=emblem,
         items=_join([block[1] for block in blocks]),
         grounds=_join([block[2] for block in blocks]),
         box_table=np.concatenate(boxes),
