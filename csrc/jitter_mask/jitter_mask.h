@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/math.h"
+#include "common/tensors.h"
 
 namespace casm_fast {
 
@@ -145,9 +146,9 @@ Rows<T> mutable_rows_of(const Tensor& image, bool interleaved) {
 }
 
 inline Tensor empty_image(const Tensor& like, int64_t H, int64_t W, bool interleaved) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty({like.size(0), like.size(1), H, W}, like.scalar_type(), std::nullopt, like.device(),
-                              std::nullopt, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const int64_t B = like.size(0), C = like.size(1);
+  if (interleaved) return strided_tensor(like, {B, C, H, W}, {H * W * C, 1, W * C, C});
+  return empty_tensor(like, {B, C, H, W});
 }
 
 // ---------------------------------------------------------------- what guards memory; the doors explain to users

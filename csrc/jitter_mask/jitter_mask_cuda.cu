@@ -492,7 +492,7 @@ void gather_slopes(const Tiling& tiling, const Frame& frame, Rows<const T> grad,
   const bool on_packs = frame.repeat == 1 && frame.length % kPackOf<T> == 0 && steps_by_packs(grad) &&
                         steps_by_packs(image) && steps_by_packs(reference);
   const ScalarType sums = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor partial = torch::stable::new_empty(grad_mask, {frame.B * tiling.tiles(), tiling.cells()}, sums);
+  Tensor partial = empty_tensor(grad_mask, {frame.B * tiling.tiles(), tiling.cells()}, sums);
   launch(fold_kernel<T>, blocks_for(frame.B * tiling.tiles()), dim3(kThreads), tiling.bytes, device, tiling, frame,
          grad, image, reference, windows, on_packs, partial.mutable_data_ptr<A>());
   launch(gather_kernel<A, M>, blocks_for(ceil_div(grad_mask.numel(), kThreads)), dim3(kThreads), 0, device, tiling,
@@ -552,7 +552,7 @@ Tensor blend_backward_mask(const Tensor& grad_in, const Tensor& image_in, const 
   const OptionalTensor reference = with_rows(reference_in, interleaved);
   const Frame frame = frame_of(image, image.size(2), image.size(3), interleaved);
   const int64_t h = mask.size(2), w = mask.size(3);
-  Tensor grad_mask = torch::stable::new_empty(mask, {frame.B, 1, h, w});
+  Tensor grad_mask = empty_tensor(mask, {frame.B, 1, h, w});
   for_dtypes(image, mask, [&]<typename T, typename M>() {
     const Rows<const T> grads = rows_of<T>(grad, interleaved), images = rows_of<T>(image, interleaved);
     const Rows<const T> references = rows_of<T>(reference, interleaved);
@@ -592,7 +592,7 @@ Tensor upsample_mask_backward(const Tensor& grad_in, int64_t h, int64_t w, doubl
   const Device device(grad_in);
   const Tensor grad = with_rows(grad_in, false);
   const Frame frame = frame_of(grad, grad.size(2), grad.size(3), false);
-  Tensor grad_mask = torch::stable::new_empty(grad, {frame.B, 1, h, w});
+  Tensor grad_mask = empty_tensor(grad, {frame.B, 1, h, w});
   for_cuda_dtype(grad, [&]<typename T>() {
     const Rows<const T> none{};
     gather_slopes<T, T>(tiling_of<T>(h, w, frame.H, frame.W(), sigma, device), frame, rows_of<T>(grad, false), none,
@@ -622,7 +622,7 @@ Tensor jitter_mask(const Tensor& image_in, const OptionalTensor& reference_in, c
   const bool interleaved = is_interleaved(image_in);
   const Tensor image = with_rows(image_in, interleaved), mask = with_rows(mask_in, false);
   const OptionalTensor reference = with_rows(reference_in, interleaved);
-  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Tensor offset = in_order(offset_in);
   const Frame frame = frame_of(image, H, W, interleaved);
   const Tensor out = empty_image(image, H, W, interleaved);
   for_dtypes(image, mask, [&]<typename T, typename M>() {
@@ -640,10 +640,10 @@ Tensor jitter_mask_backward_mask(const Tensor& grad_in, const Tensor& image_in, 
   const bool interleaved = is_interleaved(image_in);
   const Tensor image = with_rows(image_in, interleaved), grad = with_rows(grad_in, interleaved);
   const OptionalTensor reference = with_rows(reference_in, interleaved);
-  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Tensor offset = in_order(offset_in);
   const int64_t H = grad.size(2), W = grad.size(3), h = mask.size(2), w = mask.size(3);
   const Frame frame = frame_of(image, H, W, interleaved);
-  Tensor grad_mask = torch::stable::new_empty(mask, {frame.B, 1, h, w});
+  Tensor grad_mask = empty_tensor(mask, {frame.B, 1, h, w});
   for_dtypes(image, mask, [&]<typename T, typename M>() {
     gather_slopes<T, M>(tiling_of<T>(h, w, H, W, sigma, device), frame, rows_of<T>(grad, interleaved),
                         rows_of<T>(image, interleaved), rows_of<T>(reference, interleaved),
@@ -659,7 +659,7 @@ Tensor jitter_mask_backward_image(const Tensor& grad_in, const Tensor& mask_in, 
   const Device device(grad_in);
   const bool interleaved = is_interleaved(grad_in);
   const Tensor grad = with_rows(grad_in, interleaved), mask = with_rows(mask_in, false);
-  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Tensor offset = in_order(offset_in);
   const int64_t H = grad.size(2), W = grad.size(3);
   const Frame frame = frame_of(grad, H, W, interleaved);
   Tensor out = empty_image(grad, Hi, Wi, interleaved);

@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/math.h"
+#include "common/tensors.h"
 
 namespace casm_fast {
 

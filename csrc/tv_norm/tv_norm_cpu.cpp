@@ -19,7 +19,7 @@ namespace casm_fast {
 namespace {
 
 constexpr int64_t kPixelsPerBlock = 8192;  // of a block of rows: float sums stay short, and a thread has enough to do
-constexpr int64_t kPixelsPerTask = 32768;  // below, waking a thread costs more than it brings
+constexpr int64_t kPixelsPerTask = 16384;  // below, waking a thread costs more than it brings
 
 // Pixels that are fetched in advance, a page: the processor's own prefetchers stop at the end of one. 10 to 25 % less
 // time on masks that lie outside the caches.
@@ -157,8 +157,8 @@ void run(const Tensor& mask, double beta, bool isotropic, T* value, const Weight
 
 Tensor tv_norm(const Tensor& mask_in, double beta, bool isotropic) {
   check_tv_norm(mask_in, beta);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor value = torch::stable::new_empty(mask, {mask.size(0)});
+  const Tensor mask = in_order(mask_in);
+  Tensor value = empty_tensor(mask, {mask.size(0)});
   for_cpu_dtype(mask, [&]<typename T>() {
     run<true, false, T>(mask, beta, isotropic, value.mutable_data_ptr<T>(), Weight<T>{}, nullptr);
   });
@@ -168,8 +168,8 @@ Tensor tv_norm(const Tensor& mask_in, double beta, bool isotropic) {
 Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double beta, bool isotropic) {
   check_tv_norm(mask_in, beta);
   check_grad_value(grad_value, mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+  const Tensor mask = in_order(mask_in);
+  Tensor grad_mask = empty_tensor(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
   for_cpu_dtype(mask, [&]<typename T>() {
     run<false, true, T>(mask, beta, isotropic, nullptr, weight_of<T>(grad_value), grad_mask.mutable_data_ptr<T>());
   });
@@ -178,9 +178,9 @@ Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double 
 
 std::tuple<Tensor, Tensor> tv_norm_with_gradient(const Tensor& mask_in, double weight, double beta, bool isotropic) {
   check_tv_norm(mask_in, beta);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor value = torch::stable::new_empty(mask, {mask.size(0)});
-  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+  const Tensor mask = in_order(mask_in);
+  Tensor value = empty_tensor(mask, {mask.size(0)});
+  Tensor grad_mask = empty_tensor(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
   for_cpu_dtype(mask, [&]<typename T>() {
     run<true, true, T>(mask, beta, isotropic, value.mutable_data_ptr<T>(), Weight<T>{nullptr, 0, T(weight)},
                        grad_mask.mutable_data_ptr<T>());

@@ -190,7 +190,7 @@ void for_storage(const Tensor& mask, const F& f) {
 
 // Where the teams' sums go: straight to the value where one team is a whole image.
 Tensor sums_of(const Tensor& value, const Layout& layout) {
-  return layout.teams == 1 ? value : torch::stable::new_empty(value, {layout.images * layout.teams});
+  return layout.teams == 1 ? value : empty_tensor(value, {layout.images * layout.teams});
 }
 
 template <typename T>
@@ -203,8 +203,8 @@ void finish(const Tensor& sums, Tensor& value, const Layout& layout, const Devic
 Tensor tv_norm(const Tensor& mask_in, double beta, bool isotropic) {
   check_tv_norm(mask_in, beta);
   const Device device(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor value = torch::stable::new_empty(mask, {mask.size(0)}, sum_dtype(mask));
+  const Tensor mask = in_order(mask_in);
+  Tensor value = empty_tensor(mask, {mask.size(0)}, sum_dtype(mask));
   for_storage(mask, [&]<typename scalar_t, int kPack>() {
     using T = acc_t<scalar_t>;
     const Layout layout(mask, kPack);
@@ -240,8 +240,8 @@ Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double 
   check_tv_norm(mask_in, beta);
   check_grad_value(grad_value, mask_in);
   const Device device(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+  const Tensor mask = in_order(mask_in);
+  Tensor grad_mask = empty_tensor(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
   run_gradient(mask, &grad_value, 1, beta, isotropic, grad_mask, nullptr, device);
   return grad_mask;
 }
@@ -249,9 +249,9 @@ Tensor tv_norm_backward(const Tensor& grad_value, const Tensor& mask_in, double 
 std::tuple<Tensor, Tensor> tv_norm_with_gradient(const Tensor& mask_in, double weight, double beta, bool isotropic) {
   check_tv_norm(mask_in, beta);
   const Device device(mask_in);
-  const Tensor mask = torch::stable::contiguous(mask_in);
-  Tensor value = torch::stable::new_empty(mask, {mask.size(0)}, sum_dtype(mask));
-  Tensor grad_mask = torch::stable::new_empty(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
+  const Tensor mask = in_order(mask_in);
+  Tensor value = empty_tensor(mask, {mask.size(0)}, sum_dtype(mask));
+  Tensor grad_mask = empty_tensor(mask, {mask.size(0), 1, mask.size(2), mask.size(3)});
   run_gradient(mask, nullptr, weight, beta, isotropic, grad_mask, &value, device);
   return {value, grad_mask};
 }
