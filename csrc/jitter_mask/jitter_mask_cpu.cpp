@@ -22,7 +22,9 @@
 namespace casm_fast {
 namespace {
 
-constexpr int64_t kStrip = 2048;      // mask values of a strip: 8 KiB of float leave room in a 32 KiB cache
+constexpr int64_t kStrip = 2048;  // mask values of a strip: 8 KiB of float leave room in a 32 KiB cache
+constexpr int64_t kSharedMask =
+    65536;                            // mask values that stay in the second-level cache while every channel is blended
 constexpr int64_t kTaskWork = 32768;  // values per task below which threads cost more than they give (torch's own)
 
 // ---------------------------------------------------------------- storage and arithmetic types
@@ -100,19 +102,21 @@ void blend_strip(const Frame& frame, Rows<const T> image, Rows<const T> referenc
                 keep + y * n, out.at(b, p, first + y), run);
 }
 
-int64_t rows_per_strip(const Frame& frame) { return std::clamp<int64_t>(kStrip / frame.length, 1, frame.H); }
+int64_t rows_per_strip(const Frame& frame, int64_t values = kStrip) {
+  return std::clamp<int64_t>(values / frame.length, 1, frame.H);
+}
 
-// Calls `f(b, first, last, scratch)` for every strip of rows of every image, in parallel. `scratch` has room for
-// `values`.
+// Calls `f(b, first, last, scratch)` for strips of at most `rows` rows that cover every image, in parallel: each thread
+// walks one run of rows, so that its strips follow one another in memory. `scratch` has room for `values`.
 template <typename A, typename F>
 void for_strips(const Frame& frame, int64_t rows, int64_t values, const F& f) {
-  const int64_t strips = ceil_div(frame.H, rows);
-  const int64_t work = std::max<int64_t>(1, rows * frame.length * frame.planes);
-  torch::stable::parallel_for(0, frame.B * strips, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
+  const int64_t H = frame.H, work = std::max<int64_t>(1, frame.length * frame.planes);
+  torch::stable::parallel_for(0, frame.B * H, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<A[]> scratch(new A[values]);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % strips * rows;
-      f(i / strips, first, std::min(first + rows, frame.H), scratch.get());
+    while (begin < end) {
+      const int64_t first = begin % H, last = std::min({first + rows, H, first + end - begin});
+      f(begin / H, first, last, scratch.get());
+      begin += last - first;
     }
   });
 }
@@ -151,9 +155,10 @@ void blend_images(const Frame& frame, Rows<const T> image, Rows<const T> referen
   if constexpr (std::is_same_v<M, A>) {
     // A mask of image size in the arithmetic type is read where it lies.
     if (frame.repeat == 1 && h == frame.H && w == frame.W() && mask.row == w) {
-      return for_strips<A>(frame, rows_per_strip(frame), 0, [&](int64_t b, int64_t first, int64_t last, A*) {
-        blend_strip(frame, image, reference, mask.at(b, 0, first), out, b, first, last);
-      });
+      return for_strips<A>(frame, rows_per_strip(frame, kSharedMask), 0,
+                           [&](int64_t b, int64_t first, int64_t last, A*) {
+                             blend_strip(frame, image, reference, mask.at(b, 0, first), out, b, first, last);
+                           });
     }
   }
   const std::vector<int32_t> column = columns_of(frame, w);
@@ -250,7 +255,7 @@ Tensor blend_backward_mask(const Tensor& grad_in, const Tensor& image_in, const 
   const OptionalTensor reference = with_rows(reference_in, interleaved);
   const Frame frame = frame_of(image, image.size(2), image.size(3), interleaved);
   const int64_t h = mask.size(2), w = mask.size(3);
-  Tensor grad_mask = torch::stable::new_empty(mask, {frame.B, 1, h, w});
+  Tensor grad_mask = empty_tensor(mask, {frame.B, 1, h, w});
   for_dtypes(image, mask, [&]<typename T, typename M>() {
     blend_mask_gradient(frame, rows_of<T>(grad, interleaved), rows_of<T>(image, interleaved),
                         rows_of<T>(reference, interleaved), h, w, grad_mask.mutable_data_ptr<M>());
@@ -555,7 +560,7 @@ Tensor upsample_mask_backward(const Tensor& grad_in, int64_t h, int64_t w, doubl
   check_sigma(sigma);
   const Tensor grad = with_rows(grad_in, false);
   const Frame frame = frame_of(grad, grad.size(2), grad.size(3), false);
-  Tensor grad_mask = torch::stable::new_empty(grad, {frame.B, 1, h, w});
+  Tensor grad_mask = empty_tensor(grad, {frame.B, 1, h, w});
   for_dtypes(grad, grad, [&]<typename T, typename M>() {
     const Upsampling<acc_t<T>> up(h, w, frame.H, frame.W(), sigma);
     const Rows<const T> rows = rows_of<T>(grad, false);
@@ -593,7 +598,7 @@ Tensor jitter_mask(const Tensor& image_in, const OptionalTensor& reference_in, c
   const bool interleaved = is_interleaved(image_in);
   const Tensor image = with_rows(image_in, interleaved), mask = with_rows(mask_in, false);
   const OptionalTensor reference = with_rows(reference_in, interleaved);
-  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Tensor offset = in_order(offset_in);
   const Frame frame = frame_of(image, H, W, interleaved);
   const Windows windows(offset, image.size(2), image.size(3), frame);
   const Tensor out = empty_image(image, H, W, interleaved);
@@ -617,10 +622,10 @@ Tensor jitter_mask_backward_mask(const Tensor& grad_in, const Tensor& image_in, 
   const bool interleaved = is_interleaved(image_in);
   const Tensor image = with_rows(image_in, interleaved), grad = with_rows(grad_in, interleaved);
   const OptionalTensor reference = with_rows(reference_in, interleaved);
-  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Tensor offset = in_order(offset_in);
   const Frame frame = frame_of(image, H, W, interleaved);
   const Windows windows(offset, image.size(2), image.size(3), frame);
-  Tensor grad_mask = torch::stable::new_empty(mask, {frame.B, 1, h, w});
+  Tensor grad_mask = empty_tensor(mask, {frame.B, 1, h, w});
   for_dtypes(image, mask, [&]<typename T, typename M>() {
     using A = acc_t<T>;
     const Upsampling<A> up(h, w, H, W, sigma);
@@ -640,7 +645,7 @@ Tensor jitter_mask_backward_image(const Tensor& grad_in, const Tensor& mask_in, 
   check_image_gradient(grad_in, mask_in, offset_in, Hi, Wi, sigma);
   const bool interleaved = is_interleaved(grad_in);
   const Tensor grad = with_rows(grad_in, interleaved), mask = with_rows(mask_in, false);
-  const Tensor offset = torch::stable::contiguous(offset_in);
+  const Tensor offset = in_order(offset_in);
   const int64_t H = grad.size(2), W = grad.size(3);
   const Frame frame = frame_of(grad, H, W, interleaved);
   const Windows windows(offset, Hi, Wi, frame);
