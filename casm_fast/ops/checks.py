@@ -1,7 +1,10 @@
-"""What the doors of the ops check before the kernels run, each with one clear sentence.
+"""What the doors of the ops ask of their arguments, each with one clear sentence.
 
 Every check reads shapes, dtypes and Python numbers only, never values of tensors: nothing here
 makes the host wait for a device.
+
+Checks of tensors take longer than a kernel takes for a small mask, and the kernels guard their
+memory in any case. So a door may call first, and ask these only when the kernels refuse.
 """
 
 from __future__ import annotations
@@ -81,6 +84,8 @@ def check_number(
     op: str, name: str, value: object, at_least: float = -math.inf, at_most: float = math.inf
 ) -> float:
     """Checks a finite number in a closed range and returns it as a float."""
+    if type(value) is float and at_least <= value <= at_most and math.isfinite(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: expected `{name}` to be a number, got {type(value).__name__}")
     if not math.isfinite(value) or not at_least <= value <= at_most:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from casm_fast.ops import library  # noqa: F401  (loads the kernels)
 from casm_fast.ops.checks import check_like, check_number, check_tensor, shape_of
-from casm_fast.ops.registry import refuse_double_backward, specified_by
+from casm_fast.ops.registry import light, refuse_double_backward, specified_by
 
 # Training under autocast blends bfloat16 images on the CPU too.
 ALSO_ON_CPU = (torch.bfloat16,)
@@ -125,14 +125,11 @@ def blend(image: Tensor, reference: Tensor | None, mask: Tensor) -> Tensor:
     over its block and the channels in a fixed order. Contiguous and channels_last images, crops of
     them and expanded tensors are read in place; other strides are copied first.
     """
-    check_tensor("blend", "image", image, "[B, C, H, W]", also_on_cpu=ALSO_ON_CPU)
-    _check_reference("blend", reference, image)
-    mask = _check_mask("blend", mask, image)
-    if mask.shape[2] > image.shape[2] or mask.shape[3] > image.shape[3]:
-        raise ValueError(
-            f"blend: expected `mask` no larger than `image` {shape_of(image)}, got {shape_of(mask)}"
-        )
-    out: Tensor = torch.ops.casm_fast.blend(image, reference, mask)
+    try:
+        out: Tensor = _blend(image, reference, _beside(image, mask))
+    except (RuntimeError, AttributeError):
+        _check_blend(image, reference, mask)
+        raise
     return out
 
 
@@ -161,10 +158,13 @@ def upsample_mask(mask: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     differs from zero in the arithmetic used: weights are rounded to multiples of 2^-24 (float32 and
     16-bit masks, computed in float32) or 2^-53 (float64). Differentiable once in `mask`.
     """
-    check_tensor("upsample_mask", "mask", mask, "[B, 1, h, w]", 1, ALSO_ON_CPU)
     H, W = _check_size("upsample_mask", size)
     sigma = check_number("upsample_mask", "sigma", sigma, at_least=0)
-    large: Tensor = torch.ops.casm_fast.upsample_mask(mask, H, W, sigma)
+    try:
+        large: Tensor = _upsample_mask(mask, H, W, sigma)
+    except RuntimeError:
+        _check_single(mask)
+        raise
     return large
 
 
@@ -206,20 +206,51 @@ def jitter_mask(
     gradients that are needed are computed, that of the mask without any intermediate of image size.
     Deterministic.
     """
+    H, W = _check_size("jitter_mask", size)
+    sigma = check_number("jitter_mask", "sigma", sigma, at_least=0)
+    try:
+        out: Tensor = _jitter_mask(image, reference, _beside(image, mask), offset, H, W, sigma)
+    except (RuntimeError, AttributeError):
+        _check_jitter(image, reference, mask, offset, H, W)
+        raise
+    return out
+
+
+def _beside(image: Tensor, mask: Tensor) -> Tensor:
+    """The mask in a dtype that the kernels take beside the image."""
+    narrow = mask.dtype != image.dtype and mask.dtype in (torch.float16, torch.bfloat16)
+    return mask.float() if narrow and image.dtype == torch.float32 else mask
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_blend(image: Tensor, reference: Tensor | None, mask: Tensor) -> None:
+    check_tensor("blend", "image", image, "[B, C, H, W]", also_on_cpu=ALSO_ON_CPU)
+    _check_reference("blend", reference, image)
+    _check_mask("blend", mask, image)
+    if mask.shape[2] > image.shape[2] or mask.shape[3] > image.shape[3]:
+        raise ValueError(
+            f"blend: expected `mask` no larger than `image` {shape_of(image)}, got {shape_of(mask)}"
+        )
+
+
+def _check_single(mask: object) -> None:
+    check_tensor("upsample_mask", "mask", mask, "[B, 1, h, w]", 1, also_on_cpu=ALSO_ON_CPU)
+
+
+def _check_jitter(
+    image: Tensor, reference: Tensor | None, mask: Tensor, offset: Tensor, H: int, W: int
+) -> None:
     op = "jitter_mask"
     check_tensor(op, "image", image, "[B, C, Hi, Wi]", also_on_cpu=ALSO_ON_CPU)
     _check_reference(op, reference, image)
-    mask = _check_mask(op, mask, image)
+    _check_mask(op, mask, image)
     _check_offset(op, offset, image)
-    H, W = _check_size(op, size)
-    Hi, Wi = image.shape[2:]
-    if min(Hi - H, Wi - W) < 0:
+    if image.shape[2] < H or image.shape[3] < W:
         raise ValueError(
             f"{op}: expected `size` no larger than `image` {shape_of(image)}, got {(H, W)}"
         )
-    sigma = check_number(op, "sigma", sigma, at_least=0)
-    out: Tensor = torch.ops.casm_fast.jitter_mask(image, reference, mask, offset, H, W, sigma)
-    return out
 
 
 def _check_size(op: str, size: object) -> tuple[int, int]:
@@ -261,20 +292,16 @@ def _check_reference(op: str, reference: Tensor | None, image: Tensor) -> None:
         )
 
 
-def _check_mask(op: str, mask: Tensor, image: Tensor) -> Tensor:
-    """Checks that the mask goes with the image and returns it in a dtype that the kernels take."""
+def _check_mask(op: str, mask: Tensor, image: Tensor) -> None:
     check_tensor(op, "mask", mask, "[B, 1, h, w]", channels=1, also_on_cpu=ALSO_ON_CPU)
     if mask.shape[0] != image.shape[0]:
         raise ValueError(
             f"{op}: expected `mask` with the batch of `image` ({image.shape[0]}), "
             f"got {shape_of(mask)}"
         )
-    sixteen_bit = (torch.float16, torch.bfloat16)
-    if mask.dtype in sixteen_bit and image.dtype == torch.float32:
-        mask = mask.float()
-    kept_wide = mask.dtype == torch.float32 and image.dtype in sixteen_bit
+    mask = _beside(image, mask)
+    kept_wide = mask.dtype == torch.float32 and image.dtype in (torch.float16, torch.bfloat16)
     check_like(op, "mask", mask, "image", image, any_dtype=kept_wide)
-    return mask
 
 
 # ---------------------------------------------------------------- fakes
@@ -289,6 +316,7 @@ def _empty_image(like: Tensor, H: int, W: int) -> Tensor:
 
 
 def _blend_fake(image: Tensor, reference: Tensor | None, mask: Tensor) -> Tensor:
+    _check_blend(image, reference, mask)
     return _empty_image(image, image.shape[2], image.shape[3])
 
 
@@ -303,6 +331,7 @@ def _blend_backward_image_fake(grad_out: Tensor, mask: Tensor, complement: bool)
 
 
 def _upsample_mask_fake(mask: Tensor, H: int, W: int, sigma: float) -> Tensor:
+    _check_single(mask)
     return mask.new_empty((mask.shape[0], 1, H, W))
 
 
@@ -315,6 +344,7 @@ def _jitter_mask_fake(
     W: int,
     sigma: float,
 ) -> Tensor:
+    _check_jitter(image, reference, mask, offset, H, W)
     return _empty_image(image, H, W)
 
 
@@ -359,11 +389,10 @@ def _blend_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor], output:
 def _blend_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     image, reference, mask = ctx.saved_tensors
     for_image, for_reference, for_mask = ctx.needs_input_grad
-    ops = torch.ops.casm_fast
     return (
-        ops.blend_backward_image(grad_out, mask, False) if for_image else None,
-        ops.blend_backward_image(grad_out, mask, True) if for_reference else None,
-        ops.blend_backward_mask(grad_out, image, reference, mask) if for_mask else None,
+        _blend_image_gradient(grad_out, mask, False) if for_image else None,
+        _blend_image_gradient(grad_out, mask, True) if for_reference else None,
+        _blend_mask_gradient(grad_out, image, reference, mask) if for_mask else None,
     )
 
 
@@ -374,8 +403,7 @@ def _upsample_mask_setup(ctx: Any, inputs: tuple[Tensor, int, int, float], outpu
 
 def _upsample_mask_backward(ctx: Any, grad_large: Tensor) -> tuple[Tensor | None, ...]:
     h, w = ctx.small
-    grad_mask = torch.ops.casm_fast.upsample_mask_backward(grad_large, h, w, ctx.sigma)
-    return grad_mask, None, None, None
+    return _upsample_mask_gradient(grad_large, h, w, ctx.sigma), None, None, None
 
 
 def _jitter_mask_setup(
@@ -391,24 +419,12 @@ def _jitter_mask_setup(
 def _jitter_mask_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     image, reference, mask, offset = ctx.saved_tensors
     for_image, for_reference, for_mask = ctx.needs_input_grad[:3]
-    ops, sigma = torch.ops.casm_fast, ctx.sigma
-
-    def grad_image(complement: bool) -> Tensor:
-        grad: Tensor = ops.jitter_mask_backward_image(
-            grad_out, mask, offset, *ctx.large, sigma, complement
-        )
-        return grad
-
-    def grad_mask() -> Tensor:
-        grad: Tensor = ops.jitter_mask_backward_mask(
-            grad_out, image, reference, mask, offset, sigma
-        )
-        return grad
-
+    images = (grad_out, mask, offset, *ctx.large, ctx.sigma)
+    masks = (grad_out, image, reference, mask, offset, ctx.sigma)
     return (
-        grad_image(False) if for_image else None,
-        grad_image(True) if for_reference else None,
-        grad_mask() if for_mask else None,
+        _jitter_image_gradient(*images, False) if for_image else None,
+        _jitter_image_gradient(*images, True) if for_reference else None,
+        _jitter_mask_gradient(*masks) if for_mask else None,
         *(None, None, None, None),
     )
 
@@ -428,6 +444,15 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "upsample_mask": (_upsample_mask_backward, _upsample_mask_setup),
     "jitter_mask": (_jitter_mask_backward, _jitter_mask_setup),
 }
+
+_blend = light("blend", _blend_setup, _blend_backward)
+_blend_mask_gradient = light("blend_backward_mask")
+_blend_image_gradient = light("blend_backward_image")
+_upsample_mask = light("upsample_mask", _upsample_mask_setup, _upsample_mask_backward)
+_upsample_mask_gradient = light("upsample_mask_backward")
+_jitter_mask = light("jitter_mask", _jitter_mask_setup, _jitter_mask_backward)
+_jitter_mask_gradient = light("jitter_mask_backward_mask")
+_jitter_image_gradient = light("jitter_mask_backward_image")
 
 
 def register(namespace: str) -> None:
