@@ -244,14 +244,17 @@ def test_a_run_that_is_killed_again_and_again_ends_with_equal_bits(
     assert not list((output / "state").glob("*.tmp"))
 
 
-def test_a_finished_run_resumes_to_itself_and_can_be_prolonged(tmp_path: Path) -> None:
-    run = train(tiny(tmp_path / "a", epochs=1), sources=sources())
+@pytest.mark.parametrize("fields", [{}, {"decoder_ema": 0.8, "shared_encoder": False}])
+def test_a_finished_run_resumes_to_itself_and_can_be_prolonged(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    run = train(tiny(tmp_path / "a", epochs=1, **fields), sources=sources())
     written = run.checkpoint.stat().st_mtime_ns
-    again = train(tiny(tmp_path / "a", epochs=1, resume=True), sources=sources())
+    again = train(tiny(tmp_path / "a", epochs=1, resume=True, **fields), sources=sources())
     assert again == run
     assert run.checkpoint.stat().st_mtime_ns == written
-    longer = train(tiny(tmp_path / "a", epochs=2, resume=True), sources=sources())
-    straight = train(tiny(tmp_path / "b", epochs=2), sources=sources())
+    longer = train(tiny(tmp_path / "a", epochs=2, resume=True, **fields), sources=sources())
+    straight = train(tiny(tmp_path / "b", epochs=2, **fields), sources=sources())
     assert same_weights(longer, straight)
     assert records(longer) == records(straight)
 

@@ -228,6 +228,7 @@ def test_recipe_follows_the_data_and_yields_to_what_is_set() -> None:
             "accumulate: expected micro-batches of at least 2 images (batch normalisation needs "
             "two), got 4 of a batch of 7",
         ),
+        ({"decoder_ema": 1.0}, "decoder_ema: expected a decay from 0 (off) to below 1, got 1.0"),
         (
             {"epoch_fraction": 0},
             "epoch_fraction: expected a share greater than 0 and at most 1, got 0",

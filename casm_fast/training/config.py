@@ -306,6 +306,10 @@ class TrainConfig:
     decoder_lr: float | None = None
     """Learning rate of the decoder's Adam (paper: 0.001; embedded set: 0.003)."""
 
+    decoder_ema: float = 0.0
+    """Validate and write an exponential mean of the decoder (and a separate encoder) over the
+    steps, with this decay, such as 0.999; 0: the newest weights."""
+
     schedule: Literal["step", "constant"] = "step"
     """Both rates are multiplied by `schedule_factor` every `schedule_epochs` epochs, or stay."""
 
@@ -524,6 +528,7 @@ RANGES: dict[str, tuple[type[int] | type[float], float, float, str]] = {
     "epoch_fraction": (float, _TINY, 1.0, "a share greater than 0 and at most 1"),
     "classifier_lr": (float, 0.0, 1e6, "a number >= 0"),
     "decoder_lr": (float, 0.0, 1e6, "a number >= 0"),
+    "decoder_ema": (float, 0.0, 1.0 - 1e-9, "a decay from 0 (off) to below 1"),
     "schedule_epochs": (int, 1, _MOST, "a whole number >= 1"),
     "schedule_factor": (float, _TINY, 1.0, "a number greater than 0 and at most 1"),
     "momentum": (float, 0.0, 1.0, "a number from 0 to 1"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from casm_fast.models.saliency import SaliencyModel
+from casm_fast.training.average import MappingAverage
 from casm_fast.training.config import Strategy, TrainConfig
 from casm_fast.training.descent import MOST_SKIPPED, Descent, Gradients, GradientSum
 from casm_fast.training.distributed import HostSyncBatchNorm, World, alone
@@ -113,6 +114,9 @@ class Engine:
             if isinstance(module, _BatchNorm)
             and not isinstance(module, (nn.SyncBatchNorm, HostSyncBatchNorm))
         ]
+        self.average = (
+            MappingAverage(self.model, config.decoder_ema) if config.decoder_ema > 0 else None
+        )
         self._sums = torch.zeros(len(STATISTICS), device=device)
         self.images = 0
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -151,7 +155,14 @@ class Engine:
         if phase == "casm" and not self.model.shared and recipe.pretrain_epochs > 0:
             # A separate encoder starts as a copy of the pre-trained classifier.
             self.model.encoder.load_state_dict(self.model.classifier.state_dict())
+        if self.average is not None:
+            self.average.restart()
         self.set_modes()
+
+    @property
+    def outcome(self) -> SaliencyModel:
+        """What is validated and written: `model`, or its averaged form."""
+        return self.model if self.average is None else self.average.model
 
     def set_modes(self) -> None:
         """Train or evaluation mode for each part; a fixed classifier (F) is in the latter."""
@@ -184,6 +195,8 @@ class Engine:
         self.decoder_descent.rate = self.recipe.decoder_lr * factor
         self._casm_step(images, labels, index)
         self._average_statistics(len(labels))
+        if self.average is not None:
+            self.average.update()
 
     def _pretrain_step(self, images: Tensor, labels: Tensor, index: int) -> None:
         theta = GradientSum()
@@ -374,6 +387,7 @@ class Engine:
             "model": self.model.state_dict(),
             "classifier_descent": self.classifier_descent.state(),
             "decoder_descent": self.decoder_descent.state(),
+            "average": None if self.average is None else self.average.state(),
             "lambda_r": self.lambda_r,
             "history_steps": self.history.steps,
             "history_generator": self.history.generator.get_state(),
@@ -397,6 +411,8 @@ class Engine:
         self.model.load_state_dict(state["model"])
         self.classifier_descent.restore(state["classifier_descent"])
         self.decoder_descent.restore(state["decoder_descent"])
+        if self.average is not None:
+            self.average.restore(state["average"])
         self.lambda_r.copy_(state["lambda_r"])
         self.history.restore(state["history_steps"], snapshots, state["history_generator"])
         if self.world.leads:  # what all have summed is counted once

@@ -346,7 +346,7 @@ class _Run:
         }
         if self.engine.config.lambda_r == "auto":
             extra["lambda_r"] = float(self.engine.lambda_r)
-        checkpoint.save(self.engine.model, self.checkpoint, extra=extra)
+        checkpoint.save(self.engine.outcome, self.checkpoint, extra=extra)
 
     def _save(self) -> None:
         state.save(

@@ -37,7 +37,7 @@ def validate(engine: Engine, source: ImageSource) -> dict[str, float]:
         4-connected component of m >= mean(m)) has an IoU of at most 0.5 with every true box.
     """
     devices = [engine.device] if engine.device.type == "cuda" else []
-    engine.model.eval()
+    engine.outcome.eval()
     try:
         # The noise infill draws random numbers; training must not notice.
         with torch.random.fork_rng(devices=devices):
@@ -66,8 +66,8 @@ def _scores(engine: Engine, source: ImageSource) -> dict[str, float]:
         torch.manual_seed(engine.config.seed)
         images = normalize(batch.images.to(engine.device))
         labels = torch.tensor([source.label(i) for i in batch.indices], device=engine.device)
-        saliency, logits = engine.model(images)
-        masked_logits, _ = engine.model.classifier(engine.passes.masked_out(images, saliency))
+        saliency, logits = engine.outcome(images)
+        masked_logits, _ = engine.outcome.classifier(engine.passes.masked_out(images, saliency))
         overlap = torch.full((len(labels),), torch.nan, dtype=torch.float64)
         if source.has_boxes and engine.phase == "casm":
             boxes, _ = mask_boxes(saliency)
