@@ -1,0 +1,421 @@
+"""Training steps: ours beside the CASM authors' loop, on the same networks, batches and threads.
+
+`AuthorsLoop` is one iteration of the loop of Zolna, Geras and Cho's published code, written down
+from its description, step by step, with what today's PyTorch forces on it:
+
+* Comparisons are cast to numbers: a sum of booleans never equals 2, which switches the regulariser
+  off without a word.
+* Where the live classifier judges, its second step waits until the mask's gradient has been taken
+  through the same graph; the authors' order is an error today. The gradients wait by reference: no
+  work is added.
+* Entries of the pool are cloned: on a CPU ``.cpu()`` alone gives the live weights.
+
+Ours does the same arithmetic with ``classifier_update="alternating"``, the authors' scheme, and is
+held to their weights after two steps before anything is timed. The default scheme, eq. 8 of the
+paper, does more: a masked classifier step in every iteration, where the authors do one in those
+that the live classifier judges. It is timed beside the others.
+
+F never trains the classifier, L is always judged by it. FL, L100 and L1000 draw a snapshot in half
+of their iterations and cost the same: two steps are timed, one of each kind. Copying a snapshot
+into the history, once in 100 or 1,000 steps, is timed apart. Images are in memory: no loader runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from casm_fast.models.saliency import SaliencyModel, build_model
+from casm_fast.training import passes as passes_module
+from casm_fast.training.config import TrainConfig
+from casm_fast.training.descent import Descent
+from casm_fast.training.engine import Engine
+from casm_fast.training.history import History
+
+CLASSES = 100
+LAMBDA_R = 10.0
+# Strategy -> whether a snapshot judges, step by step of a call.
+DRAWS = {"F": (False,), "L": (False,), "FL, L100, L1000": (False, True)}
+NETWORKS = [
+    pytest.param("compact", 64, 64, id="compact-64x64-batch64"),
+    pytest.param("resnet18", 112, 16, id="resnet18-112x112-batch16"),
+    pytest.param("resnet50", 224, 8, id="resnet50-224x224-batch8", marks=pytest.mark.long),
+]
+ROUNDS = 5
+
+
+def networks(backbone: str, size: int) -> SaliencyModel:
+    torch.manual_seed(0)
+    return build_model(backbone, classes=CLASSES, input_size=size)
+
+
+def batch(size: int, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randn(images, 3, size, size, generator=generator)
+    return pictures.to(device), torch.randint(CLASSES, (images,), generator=generator).to(device)
+
+
+class AuthorsLoop:
+    """One iteration of the authors' training, and the statistics that they take in each."""
+
+    def __init__(self, model: SaliencyModel, strategy: str, device: torch.device) -> None:
+        self.classifier = model.classifier.to(device)
+        self.decoder = model.decoder.to(device)
+        self.fixed = strategy == "F"
+        self.sgd = torch.optim.SGD(
+            self.classifier.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4
+        )
+        self.adam = torch.optim.Adam(self.decoder.parameters(), lr=1e-3, weight_decay=1e-4)
+        self.confuser = copy.deepcopy(self.classifier)
+        self.pool = [self.store()]
+        self.decoder.train()
+        self.classifier.train(not self.fixed)
+        self.sums: dict[str, float] = defaultdict(float)
+
+    def store(self) -> dict[str, Tensor]:
+        return {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in self.classifier.state_dict().items()
+        }
+
+    def step(self, x: Tensor, y: Tensor, drawn: bool) -> None:
+        output, layers = self.classifier(x)
+        loss = F.cross_entropy(output, y)
+        if not self.fixed:
+            self.sgd.zero_grad()
+            loss.backward()
+            self.sgd.step()
+        mask = F.interpolate(
+            self.decoder([layer.detach() for layer in layers]), x.shape[-2:], mode="nearest"
+        )
+        x_masked = x * (1 - mask)
+        if drawn:
+            self.confuser.load_state_dict(self.pool[0])
+            self.confuser.eval()
+            output_masked, _ = self.confuser(x_masked)
+        else:
+            output_masked, _ = self.classifier(x_masked)
+        loss_masked = F.cross_entropy(output_masked, y)
+        waiting: list[Tensor | None] = []
+        if not drawn and not self.fixed:
+            self.sgd.zero_grad()
+            loss_masked.backward(retain_graph=True)
+            waiting = [parameter.grad for parameter in self.classifier.parameters()]
+            self.sgd.zero_grad()
+
+        correct_on_clean = (output.argmax(1) == y).long()
+        mistaken_on_masked = (output_masked.argmax(1) != y).long()
+        confused = (correct_on_clean + mistaken_on_masked).eq(2).float()
+        area = mask.view(len(x), -1).mean(1)
+        regularization = -LAMBDA_R * F.relu(confused - area).mean()
+        log_p = F.log_softmax(output_masked, 1)
+        negative_entropy = (log_p.exp() * log_p).sum(1)
+        loss_mask = (negative_entropy * correct_on_clean.float()).mean() + regularization
+        self.adam.zero_grad()
+        loss_mask.backward()
+        torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 10)
+        self.adam.step()
+        if waiting:
+            for parameter, gradient in zip(self.classifier.parameters(), waiting, strict=True):
+                parameter.grad = gradient
+            self.sgd.step()
+        self.measure(output, output_masked, y, loss, loss_masked, mask)
+
+    def measure(self, *tensors: Tensor) -> None:
+        """Meters and mask statistics, on the host, in every iteration."""
+        output, output_masked, y, loss, loss_masked, mask = (t.detach() for t in tensors)
+        self.sums["loss"] += loss.item()
+        self.sums["loss_masked"] += loss_masked.item()
+        self.sums["correct"] += (output.argmax(1) == y).float().sum().item()
+        self.sums["correct_masked"] += (output_masked.argmax(1) == y).float().sum().item()
+        self.sums["average"] += mask.mean().item()
+        self.sums["std"] += mask.view(len(mask), -1).mean(1).std().item()
+        values = mask.cpu().numpy().ravel()
+        inside = values[(values > 0) & (values < 1)]
+        self.sums["entropy"] += float(-(inside * np.log2(inside)).sum()) / values.size
+        rows = (mask[:, :, 1:] - mask[:, :, :-1]).pow(2).mean()
+        columns = (mask[..., 1:] - mask[..., :-1]).pow(2).mean()
+        self.sums["tv"] += (rows + columns).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {**self.classifier.state_dict(), **self.decoder.state_dict()}
+
+
+class Ours:
+    """The engine, its draws prescribed."""
+
+    def __init__(
+        self, model: SaliencyModel, strategy: str, device: torch.device, **fields: Any
+    ) -> None:
+        name = strategy.partition(",")[0]
+        config = TrainConfig(
+            data="folder:none",
+            strategy=name,
+            lambda_r=LAMBDA_R,
+            schedule="constant",
+            batch_size=2,
+            **fields,
+        )
+        self.engine = Engine(model, config, classes=CLASSES, device=device)
+        self.engine.begin("casm")
+        self.index = 0
+
+    def step(self, x: Tensor, y: Tensor, drawn: bool) -> None:
+        draw = History.draw
+        try:
+            History.draw = lambda history: history.snapshots[0] if drawn else None  # type: ignore[method-assign]
+            self.engine.step(x, y, self.index, 1 << 30, 0)
+        finally:
+            History.draw = draw  # type: ignore[method-assign]
+        self.index += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        model = self.engine.model
+        return {**model.classifier.state_dict(), **model.decoder.state_dict()}
+
+
+Loop = AuthorsLoop | Ours
+Maker = Callable[[SaliencyModel, str, torch.device], Loop]
+
+
+def ours(**fields: Any) -> Maker:
+    return lambda model, strategy, device: Ours(model, strategy, device, **fields)
+
+
+def field(strategy: str, device: torch.device) -> dict[str, Maker]:
+    """The competitors; ours in the authors' scheme comes first."""
+    competitors: dict[str, Maker] = {"ours": ours(classifier_update="alternating")}
+    if strategy != "F":
+        competitors["ours, eq. 8"] = ours()
+    competitors["authors"] = AuthorsLoop
+    if device.type == "cuda":
+        competitors["ours, bf16"] = ours(classifier_update="alternating", amp="bf16")
+    return competitors
+
+
+def run(loop: Loop, strategy: str, data: tuple[Tensor, Tensor]) -> None:
+    """The steps of one call; the host waits for all of them."""
+    for drawn in DRAWS[strategy]:
+        loop.step(*data, drawn)
+    if data[0].is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(loop: Loop, strategy: str, data: tuple[Tensor, Tensor]) -> float:
+    """Time of a step."""
+    start = time.perf_counter()
+    run(loop, strategy, data)
+    return (time.perf_counter() - start) / len(DRAWS[strategy])
+
+
+def check(backbone: str, size: int, strategy: str, data: tuple[Tensor, Tensor]) -> float:
+    """Ours and the authors' loop move the same weights to the same place.
+
+    Returns:
+        The largest distance of a tensor, as a share of how far it moved.
+    """
+    device = data[0].device
+    start = networks(backbone, size).to(device)
+    before = {**start.classifier.state_dict(), **start.decoder.state_dict()}
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    theirs = AuthorsLoop(networks(backbone, size), strategy, device)
+    mine = ours(classifier_update="alternating")(networks(backbone, size), strategy, device)
+    for loop in (theirs, mine):
+        for drawn in (*DRAWS[strategy], *DRAWS[strategy])[:2]:
+            loop.step(*data, drawn)
+    worst, found = 0.0, mine.weights()
+    for name, expected in theirs.weights().items():
+        moved = float((expected.double() - before[name].double()).norm())
+        if moved > 1e-6 * float(before[name].double().norm()) + 1e-9:
+            distance = float((found[name].double() - expected.double()).norm())
+            worst = max(worst, distance / moved)
+    return worst
+
+
+@contextmanager
+def stopwatch(engine: Engine, device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds of each phase of the engine's steps while the context is open."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(phase: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent[phase(*args)] += time.perf_counter() - start
+            return result
+
+        return wrapped
+
+    model, history, passes = engine.model, engine.history, engine.passes
+    gradients, step = passes_module._gradients, Descent.step
+    forward = model.classifier.forward
+    try:
+        model.classifier.forward = timed(lambda *_: "classifier forward", forward)  # type: ignore[method-assign]
+        model.decode = timed(lambda *_: "decoder forward", model.decode)  # type: ignore[method-assign]
+        passes.blends = timed(lambda *_: "blend", passes.blends)  # type: ignore[method-assign]
+        history.judge = timed(lambda *_: "snapshot forward", history.judge)  # type: ignore[method-assign]
+        passes_module._gradients = timed(
+            lambda loss, parameters, *_: (
+                "classifier gradients"
+                if parameters is passes.classifier_parameters
+                else "mask gradients"
+            ),
+            gradients,
+        )
+        Descent.step = timed(lambda *_: "optimisers", step)  # type: ignore[method-assign]
+        yield spent
+    finally:
+        for owner, name in (
+            (model.classifier, "forward"),
+            (model, "decode"),
+            (passes, "blends"),
+            (history, "judge"),
+        ):
+            del owner.__dict__[name]
+        passes_module._gradients = gradients
+        Descent.step = step  # type: ignore[method-assign]
+
+
+def phases(loop: Ours, strategy: str, data: tuple[Tensor, Tensor], calls: int) -> dict[str, float]:
+    """Share of each phase in a step."""
+    start = time.perf_counter()
+    with stopwatch(loop.engine, data[0].device) as spent:
+        for _ in range(calls):
+            run(loop, strategy, data)
+        total = time.perf_counter() - start
+    spent["rest"] = total - sum(spent.values())
+    return {phase: share / total for phase, share in spent.items()}
+
+
+def store_seconds(loop: Ours) -> float:
+    """Time to copy a snapshot into the history."""
+    history, model = loop.engine.history, loop.engine.model
+    history.observe(0, model.classifier)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        {name: history._copy(tensor) for name, tensor in model.classifier.state_dict().items()}
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_memory(name: str, backbone: str, size: int, images: int, strategy: str, on: str) -> float:
+    """Mebibytes at the peak of two calls, over what the networks' process had before them.
+
+    The allocator of the device on CUDA; the resident set of a process of its own on the CPU.
+    """
+    environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key}
+    task = json.dumps([name, backbone, size, images, strategy, on, torch.get_num_threads()])
+    done = subprocess.run(
+        [sys.executable, __file__, task], capture_output=True, text=True, env=environment
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return float(done.stdout)
+
+
+def measure_memory(task: str) -> None:
+    """The process of `peak_memory`."""
+    name, backbone, size, images, strategy, on, threads = json.loads(task)
+    torch.set_num_threads(threads)
+    device = torch.device(on)
+    data = batch(size, images, device)
+    loop = field(strategy, device)[name](networks(backbone, size), strategy, device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        before = pages * os.sysconf("SC_PAGE_SIZE")
+    for _ in range(2):
+        run(loop, strategy, data)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print((peak - before) / 2**20)
+
+
+@pytest.mark.parametrize("strategy", list(DRAWS))
+@pytest.mark.parametrize(("backbone", "size", "images"), NETWORKS)
+def test_step(
+    backbone: str,
+    size: int,
+    images: int,
+    strategy: str,
+    benchmark: Any,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+) -> None:
+    data = batch(size, images, device)
+    distance = check(backbone, size, strategy, data)
+    assert distance < 0.05, f"{backbone} {strategy}: {distance:.3g} away from the authors' weights"
+    loops = {
+        name: make(networks(backbone, size), strategy, device)
+        for name, make in field(strategy, device).items()
+    }
+    for loop in loops.values():
+        run(loop, strategy, data)
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    start, limit = time.perf_counter(), 2 * request.config.getoption("--seconds")
+    while len(times["ours"]) < ROUNDS or time.perf_counter() - start < limit:
+        for name, loop in loops.items():
+            times[name].append(seconds(loop, strategy, data))
+    rows = {}
+    for name, taken in times.items():
+        p10, median, p90 = (np.percentile(taken, [10, 50, 90]) * 1e3).tolist()
+        rows[name] = {
+            "median_ms": median,
+            "p10_ms": p10,
+            "p90_ms": p90,
+            "images_per_second": images / median * 1e3,
+            "peak_mebibytes": peak_memory(name, backbone, size, images, strategy, device.type),
+        }
+    mine = loops["ours"]
+    assert isinstance(mine, Ours)
+    shares = phases(mine, strategy, data, 3)
+    benchmark.group = "training step"
+    benchmark.extra_info.update(
+        {
+            "training": backbone,
+            "case": f"{backbone}, {size}x{size}, batch {images}",
+            "strategy": strategy,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "images": images,
+            "rounds": len(times["ours"]),
+            "distance": distance,
+            "competitors": rows,
+            "ratio": rows["authors"]["median_ms"] / rows["ours"]["median_ms"],
+            "phases": shares,
+            "store_ms": store_seconds(mine) * 1e3,
+        }
+    )
+    benchmark.pedantic(lambda: run(mine, strategy, data), rounds=1)
+
+
+if __name__ == "__main__":
+    measure_memory(sys.argv[1])
