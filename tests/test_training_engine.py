@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from casm_fast.models.decoder import Decoder
 from casm_fast.models.encoder import Encoder
 from casm_fast.models.saliency import SaliencyModel
+from casm_fast.training.calibration import INTEGRAL, PROPORTIONAL
 from casm_fast.training.config import TrainConfig
-from casm_fast.training.engine import AUTO_GAIN, Engine, pretrain_schedule
+from casm_fast.training.engine import Engine, pretrain_schedule
 
 CLASSES = 3
 CPU = torch.device("cpu")
@@ -372,15 +374,14 @@ def test_a_loss_that_is_no_number_is_named_with_its_step() -> None:
         engine.statistics()
 
 
-def test_auto_lambda_moves_towards_the_target() -> None:
+def test_auto_lambda_answers_every_step() -> None:
     engine = Engine(tiny_model(), config(strategy="L", lambda_r="auto"), classes=3, device=CPU)
     engine.begin("casm")
     start = float(engine.lambda_r)
-    images, labels = batches(1)[0]
-    engine.step(images, labels, 0, 1, 0)
+    engine.step(*batches(1)[0], 0, 1, 0)
     means = engine.statistics()
-    change = torch.tensor(means["lambda_r"] / start).log()
-    assert float(change) == pytest.approx(AUTO_GAIN * (means["mean_saliency"] - 0.5), abs=1e-6)
+    gain = (PROPORTIONAL + INTEGRAL) * math.log(3)
+    assert means["lambda_r"] - start == pytest.approx(gain * (means["mean_saliency"] - 0.5))
 
 
 @pytest.mark.parametrize(
@@ -493,7 +494,7 @@ def test_micro_batches_add_up_to_the_batch(strategy: str, update: Any, objective
     (whole, means), *others = found
     for parts, part_means in others:
         worst = max(float((whole[n] - t).abs().max()) for n, t in parts.items())
-        assert worst < 1e-10  # measured 1e-15; the requirement is 1e-6
+        assert worst < 1e-7  # measured 5e-9: lambda_R answers a float32 mean; 1e-6 is required
         assert part_means == pytest.approx(means, rel=1e-5)
 
 

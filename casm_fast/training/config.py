@@ -219,7 +219,7 @@ class TrainConfig:
 
     lambda_r: float | Literal["preset", "auto"] = "preset"
     """Weight of the mean saliency: a number, the authors' preset in units of ln(classes), or
-    steered to `target_saliency`."""
+    "auto", steered to `target_saliency` on held-out training images."""
 
     lambda_in: float | Literal["preset"] = "preset"
     """Weight of the mean saliency where the judge is right on the masked-in image, for

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.training.average import MappingAverage
+from casm_fast.training.calibration import Calibration
 from casm_fast.training.config import Strategy, TrainConfig
 from casm_fast.training.descent import MOST_SKIPPED, Descent, Gradients, GradientSum
 from casm_fast.training.distributed import HostSyncBatchNorm, World, alone
@@ -33,11 +34,6 @@ from casm_fast.training.history import History
 from casm_fast.training.passes import STATISTICS, Clean, Passes, hits
 
 PHASES = ("pretrain", "casm")
-
-# lambda_R = "auto" moves ln(lambda_R) by this much per step and unit of excess saliency: an error
-# of 0.1 in the mean saliency changes lambda_R by 1 % in 5 steps, slowly enough for the decoder to
-# follow.
-AUTO_GAIN = 0.02
 
 # Share of the pre-training steps over which its learning rate rises from zero; then it falls along
 # a cosine.
@@ -70,6 +66,7 @@ class Engine:
         lambda_r: Current lambda_R, ``[]``, on the device.
         phase: ``"pretrain"`` or ``"casm"``, chosen by `begin`.
         images: Images since the statistics were read.
+        calibration: What steers lambda_R, or `None` where it stays.
         passes: What the networks compute in a step.
         world: The processes of the run.
     """
@@ -101,6 +98,11 @@ class Engine:
             seed=config.seed,
         )
         self.lambda_r = torch.tensor(config.lambda_value(classes), device=device)
+        self.calibration = (
+            Calibration(self.lambda_r, config.target_saliency, classes)
+            if config.lambda_r == "auto"
+            else None
+        )
         self.passes = Passes(
             self.model,
             self.history,
@@ -267,10 +269,10 @@ class Engine:
             self.classifier_descent.step(theta_gradients())
         self.decoder_descent.step(phi_gradients())
         self._notice_skipped(index)
-        if self.config.lambda_r == "auto":
+        if self.calibration is not None:
             (mean_area,) = self.world.start_mean([area], self._weight(len(labels)))()
-            if mean_area is not None:
-                self.lambda_r *= torch.exp(AUTO_GAIN * (mean_area - self.config.target_saliency))
+            assert mean_area is not None  # `None` only stands for a gradient that is not there
+            self.calibration.steer(mean_area)
 
     def _parts(self, images: Tensor, labels: Tensor) -> list[_Part]:
         """The micro-batches; each has two images or more."""
@@ -356,7 +358,7 @@ class Engine:
                 means[name] = float(factor)
         if self.phase == "pretrain":
             return means
-        if self.config.lambda_r == "auto":
+        if self.calibration is not None:
             means["lambda_r"] = float(self.lambda_r)
         return means
 
@@ -388,7 +390,7 @@ class Engine:
             "classifier_descent": self.classifier_descent.state(),
             "decoder_descent": self.decoder_descent.state(),
             "average": None if self.average is None else self.average.state(),
-            "lambda_r": self.lambda_r,
+            "calibration": None if self.calibration is None else self.calibration.state(),
             "history_steps": self.history.steps,
             "history_generator": self.history.generator.get_state(),
             "sums": self.world.total(self._sums),
@@ -413,7 +415,8 @@ class Engine:
         self.decoder_descent.restore(state["decoder_descent"])
         if self.average is not None:
             self.average.restore(state["average"])
-        self.lambda_r.copy_(state["lambda_r"])
+        if self.calibration is not None:
+            self.calibration.restore(state["calibration"])
         self.history.restore(state["history_steps"], snapshots, state["history_generator"])
         if self.world.leads:  # what all have summed is counted once
             self._sums.copy_(state["sums"])

@@ -26,9 +26,10 @@ import torch
 from casm_fast.data.decoding import DecodeError
 from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_batches
 from casm_fast.data.source import ImageSource, open_source
+from casm_fast.data.subset import subset
 from casm_fast.models import checkpoint
 from casm_fast.models.saliency import SaliencyModel, build_model
-from casm_fast.training import distributed, state
+from casm_fast.training import calibration, distributed, state
 from casm_fast.training.config import TrainConfig
 from casm_fast.training.distributed import World
 from casm_fast.training.engine import Engine
@@ -48,7 +49,8 @@ class TrainResult:
         checkpoint: The trained model, for `casm_fast.load`.
         log: One JSON object per line.
         scores: The last validation, see `casm_fast.training.validation.validate`; empty without
-            one.
+            one. With ``lambda_r="auto"`` also `lambda_r` and `held_out_saliency`, the mean saliency
+            on the images that were held out for it.
     """
 
     folder: Path
@@ -178,6 +180,10 @@ def _run(
     engine.world.check_equal(
         "the same options, data and initial weights", repr((fingerprint, engine.digest()))
     )
+    held_out = None
+    if engine.calibration is not None:
+        kept, apart = calibration.split(len(training), config.seed)
+        training, held_out = subset(training, kept), subset(training, apart)
     saved = None
     if config.resume:
         saved = state.load(folder / "state", engine, fingerprint=fingerprint)
@@ -187,7 +193,7 @@ def _run(
         state.write_atomically(folder / "config.json", lambda path: path.write_text(description))
     sizes = None if saved is None else saved.log_sizes
     with RunLog(folder, config.progress, config.tensorboard, sizes, silent=not leads) as log:
-        run = _Run(engine, training, validation, folder, stop, log, fingerprint)
+        run = _Run(engine, training, validation, held_out, folder, stop, log, fingerprint)
         if saved is not None:
             run.position, run.scores = saved.position, dict(saved.scores)
             step, phase = run.position.step, run.position.phase
@@ -203,6 +209,7 @@ class _Run:
     engine: Engine
     training: ImageSource
     validation: ImageSource | None
+    held_out: ImageSource | None
     folder: Path
     stop: StopRequest
     log: RunLog
@@ -242,6 +249,7 @@ class _Run:
             if self.position.phase == "casm":
                 interval = self.engine.config.validation_interval
                 last = self.position.epoch == epochs
+                self._calibrate(last)
                 if last or (interval and self.position.epoch % interval == 0):
                     self._validate()
                 self._write_model()
@@ -316,6 +324,27 @@ class _Run:
             self.scores = {**self.scores, **scores}
         self.log.write({**self._where("val"), **scores})
 
+    def _calibrate(self, last: bool) -> None:
+        """Tell the calibration how large masks are on images that nothing is trained on."""
+        steering = self.engine.calibration
+        if steering is None or self.held_out is None:
+            return
+        lambda_r = float(self.engine.lambda_r)
+        found = validate(self.engine, self.held_out)["mean_saliency"]
+        steering.correct(found)
+        self.scores.update(held_out_saliency=found, lambda_r=lambda_r)
+        measured = {"mean_saliency": found, "lambda_r": lambda_r}
+        self.log.write({**self._where("held_out"), **measured})
+        if last and abs(found - steering.target) > calibration.TOLERANCE:
+            logger.warning(
+                "lambda_r='auto' ends at a mean saliency of %.3f on %d held-out images instead of "
+                "%.3f +- %g: train for more epochs, or ask for another target_saliency",
+                found,
+                len(self.held_out),
+                steering.target,
+                calibration.TOLERANCE,
+            )
+
     def _log_interval(self) -> None:
         images, means = self.engine.images, self.engine.statistics()
         seconds = time.perf_counter() - self._clock
@@ -344,7 +373,7 @@ class _Run:
             "training": self.engine.config.describe(),
             "scores": self.scores,
         }
-        if self.engine.config.lambda_r == "auto":
+        if self.engine.calibration is not None:
             extra["lambda_r"] = float(self.engine.lambda_r)
         checkpoint.save(self.engine.outcome, self.checkpoint, extra=extra)
 

@@ -1,9 +1,9 @@
 """What a run says while it runs.
 
 log.jsonl and log.csv always, a progress bar on a terminal, TensorBoard when installed. There is one
-record per log interval (split "train", means over the interval) and one per validation (split
-"val"). Losses and entropies are in nats, `mean_saliency` and accuracies are
-shares from 0 to 1.
+record per log interval (split "train", means over the interval), one per validation (split "val")
+and, with lambda_r="auto", one per epoch for the images held out for it (split "held_out"). Losses
+and entropies are in nats, `mean_saliency` and accuracies are shares from 0 to 1.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ COLUMNS = (
     "mean_saliency",
     "accuracy",
     "masked_accuracy",
+    "masked_in_accuracy",
     "images_per_second",
     "seconds",
     "lambda_r",
