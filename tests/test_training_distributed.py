@@ -133,10 +133,12 @@ def test_processes_do_what_one_does_with_the_whole_batch(
 ) -> None:
     expected = train_cases(alone(CPU), normalisation)
     found = on_ranks(size, tmp_path, train_cases, normalisation)
-    for one, *ranks in zip(expected, *found, strict=True):
+    for fields, one, *ranks in zip(CASES, expected, *found, strict=True):
+        # lambda_R answers a float32 mean: measured 7e-10, otherwise 2e-14; 1e-6 is required.
+        tolerance = 1e-8 if "lambda_r" in fields else 1e-12
         for rank in ranks:
             assert rank["steps"] == one["steps"]
-            assert difference(rank["model"], one["model"]) < 1e-12  # measured 2e-14
+            assert difference(rank["model"], one["model"]) < tolerance
             assert float((rank["lambda_r"] - one["lambda_r"]).abs()) < 1e-6
             for found_means, means in zip(rank["means"], one["means"], strict=True):
                 assert found_means == pytest.approx(means, abs=1e-6)  # measured 2e-7: float32 sums
