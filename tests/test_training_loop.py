@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from casm_fast.data import DecodeError, write_tree
 from casm_fast.data.source import ImageSource
 from casm_fast.data.synthetic import generate
 from casm_fast.models.checkpoint import load
@@ -327,6 +328,41 @@ def test_the_masked_in_objective_trains_a_decoder_on_the_coarsest_taps(tmp_path:
     assert model.decoder.tap_indices == tuple(range(len(model.decoder.tap_channels)))[-2:]
     steps = [row for row in records(run) if (row["phase"], row["split"]) == ("casm", "train")]
     assert all(0 <= row["masked_in_accuracy"] <= 1 for row in steps)
+
+
+def test_images_that_cannot_be_read_are_skipped_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_tree(tmp_path / "tree", *sources(), sides=(32, 40))
+    broken = sorted((root / "train").rglob("*.JPEG"))[5]
+    broken.write_bytes(b"\xff\xd8 no more of it")
+    # A whole epoch sees every image once: three epochs, the third of which is stopped and resumed.
+    fields = {"data": f"imagenet:{root}", "epoch_fraction": 1.0, "epochs": 1, "log_interval": 4}
+    fields |= {"backbone": "compact", "weights": "none", "decoder_width": 4, "decoder_lr": 1e-3}
+    whole = train(tiny(tmp_path / "whole", **fields))
+    named = [row["skipped_images"] for row in records(whole) if "skipped" in row]
+    assert len(named) == 3
+    assert all(len(messages) == 1 and broken.name in messages[0] for messages in named)
+    assert "3 times an image could not be read and was skipped; log.jsonl names each" in caplog.text
+
+    steps, advance = 0, RunLog.advance
+
+    def counted(self: RunLog) -> None:
+        nonlocal steps
+        steps += 1
+        if steps in (9, 10, 11):  # once after each but the last step of the CASM epoch
+            signal.raise_signal(signal.SIGINT)
+        advance(self)
+
+    monkeypatch.setattr(RunLog, "advance", counted)
+    config = tiny(tmp_path / "run", **fields)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, resume=True)
+    assert records(train(config, resume=True)) == records(whole)
+
+    with pytest.raises(DecodeError, match=broken.name):
+        train(tiny(tmp_path / "strict", strict=True, **fields))
 
 
 def test_without_validation_there_are_no_scores(tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ class World:
             return list(numbers)
         return [int(n) for n in self.total(torch.tensor(numbers, dtype=torch.int64)).tolist()]
 
+    def gathered(self, texts: Sequence[str]) -> list[str]:
+        """The texts of all ranks, in the order of the ranks; the hosts wait for one another."""
+        if self.size == 1:
+            return list(texts)
+        parts: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, list(texts))
+        return [text for part in parts for text in part]
+
     def wait(self) -> None:
         """Go on when every rank has come here."""
         self.totals(0)

@@ -216,7 +216,6 @@ class _Run:
     fingerprint: dict[str, Any]
     position: state.Position = field(default_factory=state.Position)
     scores: dict[str, float] = field(default_factory=dict)
-    skipped: int = 0
 
     @property
     def checkpoint(self) -> Path:
@@ -230,10 +229,15 @@ class _Run:
             if recipe.pretrain_epochs > 0:
                 self._validate()
             self.engine.begin("casm")
-            self.position = state.Position("casm")
+            self.position = state.Position("casm", skipped=self.position.skipped)
             self._write_model()
             self._save()
         self._phase(recipe.epochs, fraction=recipe.epoch_fraction)
+        if self.position.skipped and self.engine.world.leads:
+            logger.warning(
+                "%d times an image could not be read and was skipped; log.jsonl names each",
+                self.position.skipped,
+            )
 
     def _phase(self, epochs: int, fraction: float) -> None:
         """The remaining epochs of the current phase."""
@@ -268,9 +272,12 @@ class _Run:
                 self.stop.signal == signal.SIGINT,
                 self.stop.signal == signal.SIGTERM,
             )
-            if batch.skipped:
-                logger.warning("could not read %s: skipped", ", ".join(batch.skipped))
-            self.skipped += skipped
+            if skipped:
+                unread = self.engine.world.gathered(batch.skipped)
+                if self.engine.world.leads:
+                    logger.warning("skipped: %s", "; ".join(unread))
+                position.unread += unread
+                position.skipped += skipped
             if not images:
                 raise DecodeError(f"not one image of a batch can be read: {batch.skipped[0]}")
             if not short:  # batch normalisation needs two images on each process
@@ -351,7 +358,14 @@ class _Run:
         if images:
             rate = self._seen / max(seconds, 1e-9)
             timing = {"images_per_second": round(rate, 1), "seconds": round(seconds, 3)}
-            self.log.write({**self._where("train"), **means, **timing})
+            record = {**self._where("train"), **means, **timing}
+            if self.position.unread:
+                record |= {
+                    "skipped": len(self.position.unread),
+                    "skipped_images": self.position.unread,
+                }
+                self.position.unread = []
+            self.log.write(record)
         self._start_clock()
 
     def _start_clock(self) -> None:

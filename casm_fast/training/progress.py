@@ -3,7 +3,8 @@
 log.jsonl and log.csv always, a progress bar on a terminal, TensorBoard when installed. There is one
 record per log interval (split "train", means over the interval), one per validation (split "val")
 and, with lambda_r="auto", one per epoch for the images held out for it (split "held_out"). Losses
-and entropies are in nats, `mean_saliency` and accuracies are shares from 0 to 1.
+and entropies are in nats, `mean_saliency` and accuracies are shares from 0 to 1. `skipped` counts
+the images of an interval that could not be read; log.jsonl names them in `skipped_images`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COLUMNS = (
     "seconds",
     "lambda_r",
     "localisation_error",
+    "skipped",
 )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,16 @@ class Position:
         epoch: Epoch within the phase.
         batch: Next batch within the epoch.
         step: Next step within the phase.
+        skipped: Images that could not be read so far, in both phases.
+        unread: Messages about those that the log does not name yet.
     """
 
     phase: str = "pretrain"
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    skipped: int = 0
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
