@@ -1,5 +1,7 @@
-"""Images: ImageNet in every layout, folders, the embedded set; decoding, geometry, batches."""
+"""Images: ImageNet in every layout, COCO, folders, the embedded set; decoding, boxes, batches."""
 
+from casm_fast.data.coco import CocoSource
+from casm_fast.data.decoders import DecoderName, choose_decoder
 from casm_fast.data.decoding import DecodeError, decode, decode_bytes
 from casm_fast.data.folder import FolderSource
 from casm_fast.data.geometry import Geometry, Policy, geometry
@@ -14,7 +16,7 @@ from casm_fast.data.loading import (
 from casm_fast.data.localization import box_iou, centred_box, iou, localisation_error
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.data.subset import Subset, subset
-from casm_fast.data.synthetic import SyntheticSource, generate, write_tree
+from casm_fast.data.synthetic import SyntheticSource, generate, write_coco, write_tree
 from casm_fast.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,7 +28,9 @@ from casm_fast.data.transforms import (
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "CocoSource",
     "DecodeError",
+    "DecoderName",
     "FolderSource",
     "Geometry",
     "ImageBatch",
@@ -39,6 +43,7 @@ __all__ = [
     "batches_per_epoch",
     "box_iou",
     "centred_box",
+    "choose_decoder",
     "decode",
     "decode_bytes",
     "denormalize",
@@ -52,5 +57,6 @@ __all__ = [
     "resize",
     "subset",
     "training_batches",
+    "write_coco",
     "write_tree",
 ]

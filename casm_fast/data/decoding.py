@@ -10,12 +10,13 @@
 | animated, several pages | the first frame |
 | truncated, unreadable, not an image, larger than `PIL.Image.MAX_IMAGE_PIXELS` | `DecodeError` |
 
-Sources take a `Decoder`, any function of this module's signature, so that another library can read
-the files.
+Pillow is the reference and the fallback that always works. `casm_fast.data.decoders` has a faster
+`Decoder` for JPEG files; sources take any function of that signature.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -38,6 +39,8 @@ _BAD_DATA = (
     MemoryError, RuntimeError, AttributeError, struct.error, zlib.error,
 )  # fmt: skip
 
+_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+
 
 class DecodeError(ValueError):
     """A file is not a picture that can be read; the message names it and says why."""
@@ -55,19 +58,27 @@ def decode(path: Path) -> NDArray[np.uint8]:
     Raises:
         DecodeError: The file is missing, truncated, too large or no image.
     """
+    return decode_bytes(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file; raises `DecodeError` when it cannot be read."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DecodeError(f"cannot read {path}: {error.strerror or error}") from error
-    return decode_bytes(data, str(path))
 
 
-def decode_bytes(data: bytes, name: str) -> NDArray[np.uint8]:
+def decode_bytes(
+    data: bytes, name: str, jpeg: Callable[[bytes], NDArray[np.uint8]] | None = None
+) -> NDArray[np.uint8]:
     """Decodes an image file that is already in memory.
 
     Args:
         data: The file's content.
         name: What an error calls it.
+        jpeg: Decodes upright 8-bit grey or RGB JPEG files in Pillow's stead, ``[H, W, 3]``; Pillow
+            decodes what it refuses with a RuntimeError, so that errors are Pillow's too.
 
     Returns:
         ``[H, W, 3]`` uint8 RGB.
@@ -82,6 +93,9 @@ def decode_bytes(data: bytes, name: str) -> NDArray[np.uint8]:
             pixels = image.width * image.height
             limit = Image.MAX_IMAGE_PIXELS
             if limit is None or pixels <= limit:
+                if jpeg is not None and _is_plain_jpeg(image):
+                    with contextlib.suppress(RuntimeError):
+                        return jpeg(data)
                 return _upright_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(
@@ -105,12 +119,27 @@ def _upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
     image.load()
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _eight_bits(image)
-    image = ImageOps.exif_transpose(image)
+    if _is_turned(image):
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, layer)
-    return np.array(image.convert("RGB"), np.uint8)
+    # A conversion to the mode that it has would copy the picture.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether decoding a file is all that there is to do; reads nothing but its header.
+
+    CMYK is left to Pillow, which alone asks whether its values are inverted.
+    """
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not _is_turned(image)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether EXIF or XMP say that the pixels lie otherwise than the picture is seen."""
+    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

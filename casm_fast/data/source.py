@@ -9,9 +9,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from casm_fast.data.coco import CocoSource, annotation_files
+from casm_fast.data.decoders import DecoderName, choose_decoder
 from casm_fast.data.folder import FolderSource
 from casm_fast.data.imagenet import ImageNetSource, images_root
 from casm_fast.data.synthetic import open_synthetic
+
+_KINDS = ("imagenet", "imagenet-val", "imagenet-train", "coco", "folder")
 
 
 @runtime_checkable
@@ -41,7 +45,7 @@ class ImageSource(Protocol):
         ...
 
     def image_id(self, index: int) -> str:
-        """Unique and stable: the file's stem for ImageNet val, a relative path elsewhere."""
+        """Unique and stable: the file's stem for ImageNet val, "139/62" for COCO, else a path."""
         ...
 
     def image(self, index: int) -> NDArray[np.uint8]:
@@ -72,7 +76,9 @@ class ArraySource(ImageSource, Protocol):
         ...
 
 
-def open_source(spec: str | Path | ImageSource, split: str = "val") -> ImageSource:
+def open_source(
+    spec: str | Path | ImageSource, split: str = "val", *, decoder: DecoderName = "auto"
+) -> ImageSource:
     """Opens a set of images.
 
     | spec | what |
@@ -81,16 +87,22 @@ def open_source(spec: str | Path | ImageSource, split: str = "val") -> ImageSour
     | "synthetic:emblem=100" | the same with a second, small cue to the class on every object |
     | "imagenet:DIR" | ImageNet in any layout, the split asked for |
     | "imagenet-val:DIR", "imagenet-train:DIR" | that split, whatever is asked for |
+    | "coco:DIR" | COCO, the split asked for; (picture, category) pairs |
+    | "coco-val2014:DIR", "coco-train2017:DIR", … | that set, whatever is asked for |
     | "folder:DIR" | class subfolders, or one flat folder; has no splits |
-    | a path | ImageNet when it holds train or val folders, else a folder |
+    | a path | COCO when it holds annotations/instances_*.json, ImageNet when it holds train or val
+        folders, else a folder |
     | an `ImageSource` | itself |
 
     Args:
         spec: What to open.
         split: "train" or "val", for sets that have both.
+        decoder: What decodes JPEG files, see `casm_fast.data.decoders`; an open source keeps its
+            own.
 
     Raises:
         FileNotFoundError: The path, or every image in it, is missing.
+        ImportError: The decoder is not installed.
         ValueError: An unknown split or option, or a tree that contradicts itself.
     """
     if split not in ("train", "val"):
@@ -100,18 +112,29 @@ def open_source(spec: str | Path | ImageSource, split: str = "val") -> ImageSour
     kind, colon, rest = str(spec).partition(":")
     if kind == "synthetic":
         return open_synthetic(rest, split)
-    if colon and kind in ("imagenet", "imagenet-val", "imagenet-train", "folder"):
+    family, _, part = kind.partition("-")
+    if colon and (kind in _KINDS or (family == "coco" and part)):
         if not rest:
             raise ValueError(f'open_source: expected a path after "{kind}:", got none')
-        if kind == "folder":
-            return FolderSource(rest)
-        return ImageNetSource(rest, kind.partition("-")[2] or split)
-    path = Path(spec)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"open_source: there is no {path}; give an existing path, synthetic, imagenet:DIR, "
-            "imagenet-val:DIR or folder:DIR"
-        )
-    if images_root(path) is not None:
-        return ImageNetSource(path, split)
-    return FolderSource(path)
+        path = Path(rest)
+    else:
+        path = Path(spec)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"open_source: there is no {path}; give an existing path, synthetic, "
+                "imagenet:DIR, imagenet-val:DIR, coco:DIR or folder:DIR"
+            )
+        family, part = _family(path), ""
+    reader = choose_decoder(decoder)
+    if family == "folder":
+        return FolderSource(path, decoder=reader)
+    if family == "coco":
+        return CocoSource(path, part or split, decoder=reader)
+    return ImageNetSource(path, part or split, decoder=reader)
+
+
+def _family(path: Path) -> str:
+    """The kind of source that a path holds, by looking."""
+    if annotation_files(path):
+        return "coco"
+    return "folder" if images_root(path) is None else "imagenet"

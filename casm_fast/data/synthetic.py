@@ -15,23 +15,25 @@ and a mask that hides from it what it uses may be far smaller than the object. T
 of the set without emblems, with the emblems on top.
 
 The same scenes can be written as a tree of JPEG files in ImageNet's layout (`write_tree`), drawn
-anew at every file's own size and aspect ratio.
+anew at every file's own size and aspect ratio, or in COCO's layout (`write_coco`).
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
+from casm_fast.data.coco import instances, run_lengths
 from casm_fast.data.drawing import (
     CLASS_SHAPES,
     CLASS_TEXTURES,
@@ -499,10 +501,7 @@ def write_tree(
         raise ValueError(
             f'write_tree: expected `layout` "folders", "flat" or "kaggle", got {layout!r}'
         )
-    if not 16 <= sides[0] <= sides[1]:
-        raise ValueError(f"write_tree: expected `sides` of 16 <= least <= largest, got {sides}")
-    if aspect < 1:
-        raise ValueError(f"write_tree: expected `aspect` of at least 1, got {aspect}")
+    _check_shape("write_tree", sides, aspect)
     root = Path(root)
     pictures = root / "ILSVRC/Data/CLS-LOC" if layout == "kaggle" else root
     notes = root / ("ILSVRC/Annotations/CLS-LOC/val" if layout == "kaggle" else annotations)
@@ -518,7 +517,8 @@ def write_tree(
 
         def write(index: int, name: str = name, source: SyntheticSource = source) -> str:
             rng = np.random.default_rng([seed, list(IMAGES).index(name), index])
-            image, boxes = _draw_at_size(source, index, rng, sides, aspect)
+            image, objects = _draw_at_size(source, index, rng, sides, aspect)
+            boxes = _boxes(objects)
             label = wnid(source.label(index))
             stem = f"{label}_{index + 1}" if name == "train" else f"ILSVRC2012_val_{index + 1:08d}"
             folder = pictures / name / (label if name == "train" or layout == "folders" else "")
@@ -548,9 +548,93 @@ def write_tree(
     return root
 
 
+def write_coco(
+    root: str | Path,
+    train: SyntheticSource | None,
+    val: SyntheticSource | None,
+    *,
+    sides: tuple[int, int] = (80, 160),
+    aspect: float = 1.6,
+    quality: int = 92,
+    greyscale: float = 0.0,
+    rotated: float = 0.0,
+    seed: int = 0,
+    workers: int = 2,
+) -> Path:
+    """Writes embedded sets in COCO's layout: train2017/, val2017/ and annotations/instances_*.json.
+
+    The files hold the pixels that `write_tree` writes for the same arguments, and the annotations
+    the same boxes, besides the mask of every object as run lengths. Categories are called as the
+    classes are.
+
+    Args:
+        root: Folder to write into; created when missing.
+        train: The training split, or None for none.
+        val: The validation split, or None for none.
+        sides: Least and largest shorter side in pixels.
+        aspect: The longer side is at most this many times the shorter one.
+        quality: Of the JPEG files.
+        greyscale: Share of the files that hold one channel.
+        rotated: Share of the files whose pixels lie rotated under an EXIF orientation tag; size,
+            boxes and masks are those of the upright picture.
+        seed: Of the sizes and the oddities.
+        workers: Threads.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    _check_shape("write_coco", sides, aspect)
+    root = Path(root)
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for name, source in (("train", train), ("val", val)):
+        if source is None:
+            continue
+        folder = root / f"{name}2017"
+        folder.mkdir(exist_ok=True)
+
+        def write(
+            index: int,
+            name: str = name,
+            source: SyntheticSource = source,
+            folder: Path = folder,
+        ) -> dict[str, Any]:
+            rng = np.random.default_rng([seed, list(IMAGES).index(name), index])
+            image, objects = _draw_at_size(source, index, rng, sides, aspect)
+            path = folder / f"{index + 1:012d}.jpg"
+            grey, rotate = (bool(rng.random() < share) for share in (greyscale, rotated))
+            _write_jpeg(path, image, quality=quality, grey=grey, rotate=rotate)
+            label = source.label(index)
+            seen = objects[objects.any(axis=(1, 2))]
+            return {
+                "file_name": path.name,
+                "height": image.shape[0],
+                "width": image.shape[1],
+                "objects": [
+                    (label, box, run_lengths(mask))
+                    for box, mask in zip(_boxes(seen), seen, strict=True)
+                ],
+            }
+
+        with ThreadPoolExecutor(workers) as pool:
+            content = instances(pool.map(write, range(len(source))), source.classes)
+        path = root / "annotations" / f"instances_{name}2017.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return root
+
+
 def wnid(label: int) -> str:
     """The invented WordNet id of a label in a written tree."""
     return f"n{90_000_000 + label}"
+
+
+def _check_shape(function: str, sides: tuple[int, int], aspect: float) -> None:
+    if not 16 <= sides[0] <= sides[1]:
+        raise ValueError(f"{function}: expected `sides` of 16 <= least <= largest, got {sides}")
+    if aspect < 1:
+        raise ValueError(f"{function}: expected `aspect` of at least 1, got {aspect}")
 
 
 def _draw_at_size(
@@ -559,7 +643,8 @@ def _draw_at_size(
     rng: np.random.Generator,
     sides: tuple[int, int],
     aspect: float,
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The picture ``[H, W, 3]`` and the mask of each object ``[slots, H, W]``."""
     side = int(rng.integers(sides[0], sides[1] + 1))
     long = round(side * float(np.exp(rng.uniform(0, np.log(aspect)))))
     # The square stays near the middle: at most a quarter of the extra ground off the centre.
@@ -569,7 +654,7 @@ def _draw_at_size(
     scene = slice(index, index + 1)
     items, grounds = _rows(source.items, scene), _rows(source.grounds, scene)
     images, masks = paint(items, grounds, view, _OBJECT_SLOTS)
-    return images[0], _boxes(masks[0])
+    return images[0], masks[0]
 
 
 def _write_jpeg(
