@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from casm_fast import ops
     from casm_fast.evaluation import Scores, evaluate
     from casm_fast.experiments import reproduce
-    from casm_fast.extraction import ExtractConfig, Extraction, extract
+    from casm_fast.extraction import ExtractConfig, Extraction, export, extract
     from casm_fast.models import SaliencyModel, load
     from casm_fast.training import TrainConfig, TrainResult, train
 
@@ -32,6 +32,7 @@ _HOMES = {
     "TrainConfig": "training",
     "TrainResult": "training",
     "evaluate": "evaluation",
+    "export": "extraction",
     "extract": "extraction",
     "load": "models",
     "reproduce": "experiments",
@@ -47,6 +48,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "evaluate",
+    "export",
     "extract",
     "load",
     "ops",

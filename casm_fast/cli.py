@@ -27,7 +27,8 @@ from casm_fast.data.synthetic import SyntheticSource, write_tree
 from casm_fast.evaluation import evaluate
 from casm_fast.experiments import reproduce
 from casm_fast.experiments.reproduction import listing
-from casm_fast.extraction import ExtractConfig, extract
+from casm_fast.extraction import ExtractConfig, export, extract
+from casm_fast.extraction.exporting import Category, Format
 from casm_fast.report import gallery, report
 from casm_fast.training import TrainConfig, train
 from casm_fast.training.distributed import leads
@@ -156,8 +157,8 @@ class Train(Verb):
 class Extract(Verb):
     """Find one box per image, and measure its saliency map.
 
-    SOURCE is imagenet-val:DIR, imagenet:DIR, folder:DIR, a path, or synthetic. The result is a
-    Parquet file with one row per image.
+    SOURCE is imagenet-val:DIR, imagenet:DIR, coco:DIR, folder:DIR, a path, or synthetic. The result
+    is a Parquet file with one row per image.
 
     Example: casm-fast extract runs/l100 imagenet-val:/data/ILSVRC --output val.parquet
     """
@@ -177,6 +178,33 @@ class Extract(Verb):
         """Extract."""
         print(extract(self.model, self.source, self.output, self.config))
         print(f"next: casm-fast evaluate {self.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Verb):
+    """Write boxes in the format of another tool: COCO's results, as pycocotools reads them.
+
+    Example: casm-fast export val.parquet --to coco
+    """
+
+    boxes: tyro.conf.Positional[Path]
+    """Parquet file of casm-fast extract."""
+
+    to: Format = "coco"
+    """Format."""
+
+    category: Category = "predicted"
+    """Category of a result: the class predicted, or the true label (localisation with known
+    classes)."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
+    """File to write (default: the name of the boxes with .json)."""
+
+    def run(self) -> None:
+        """Export."""
+        output = self.output or self.boxes.with_suffix(".json")
+        for path in export(self.boxes, output, to=self.to, category=self.category):
+            print(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +355,7 @@ VERBS: dict[str, type[Verb]] = {
     "train": Train,
     "extract": Extract,
     "evaluate": Evaluate,
+    "export": Export,
     "report": Report,
     "reproduce": Reproduce,
     "doctor": Doctor,

@@ -18,6 +18,9 @@ State = Literal["ok", "note", "problem"]
 
 OPTIONAL = {
     "cv2": ("opencv-python-headless", "inpainted pictures in reports", "casm_fast[inpaint]"),
+    "torchcodec": ("torchcodec", "faster decoding of JPEG files", "casm_fast[fast-io]"),
+    "pycocotools": ("pycocotools", "masks of COCO", "casm_fast[eval]"),
+    "ray": ("ray", "extraction on a cluster", "casm_fast[dist]"),
     "timm": ("timm", "timm's backbones", "casm_fast[timm]"),
     "tensorboard": ("tensorboard", "TensorBoard logs of training runs", "casm_fast[track]"),
     "tyro": ("tyro", "the verbs of this command line", "tyro"),
@@ -60,7 +63,7 @@ def examine() -> list[Finding]:
         The findings, in the order in which one would look.
     """
     findings = []
-    for look in (_system, _torch, _kernels, _self_test, _gpu, _packages, _optional):
+    for look in (_system, _torch, _kernels, _self_test, _gpu, _packages, _optional, _decoder):
         findings += _guarded(look)
     return findings
 
@@ -204,3 +207,13 @@ def _optional() -> list[Finding]:
             version = "present"
         findings.append(Finding(distribution, "ok", f"{version}, for {purpose}"))
     return findings
+
+
+def _decoder() -> list[Finding]:
+    from casm_fast.data.decoders import describe_decoder, why_not_torchcodec
+
+    pillow, reason = describe_decoder("pillow"), why_not_torchcodec()
+    if not reason:
+        text = f"{describe_decoder('auto')}, with the pixels of {pillow}"
+        return [Finding("jpeg decoder", "ok", text)]
+    return [Finding("jpeg decoder", "ok", f"{pillow}, because {reason}")]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,19 +188,73 @@ def read(path: str | Path) -> tuple[pa.Table, Description]:
     """Read a table of predictions and its description.
 
     Args:
-        path: A Parquet file that :func:`write` made.
+        path: A Parquet file that :func:`write` made. Where it does not exist but all of its parts
+            do (``boxes.1-of-4.parquet``, …, see :func:`part_path`), they are read as one table.
 
     Returns:
         The table and its description.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not Parquet, or not a table of predictions.
+        FileNotFoundError: If there is no such file, or a part is missing.
+        ValueError: If the file is not Parquet, or not a table of predictions, or if the parts were
+            not made by the same model and conventions from the same images.
     """
+    path = Path(path)
+    parts = [] if path.is_file() else _parts(path)
+    return _join([_read(part) for part in parts], path) if parts else _read(path)
+
+
+def part_path(path: Path, part: int, parts: int) -> Path:
+    """The file of one part of a table: ``boxes.2-of-4.parquet`` for ``boxes.parquet``."""
+    return path if parts == 1 else path.with_name(f"{path.stem}.{part}-of-{parts}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of the parts of a table, in order; [] when there is none."""
+    pattern = re.compile(rf"{re.escape(path.stem)}\.\d+-of-(\d+){re.escape(path.suffix)}")
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    counts = {int(found[1]) for name in names if (found := pattern.fullmatch(name))}
+    if not counts:
+        return []
+    if len(counts) > 1:
+        numbers = " and of ".join(map(str, sorted(counts)))
+        raise ValueError(
+            f"{path}: expected parts of one division, got parts of {numbers}; remove the old ones"
+        )
+    (count,) = counts
+    files = [part_path(path, part, count) for part in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{path}: expected all of its {count} parts, got none named {missing[0]} "
+            f"({len(missing)} missing); extract with --shard i/{count} what is missing"
+        )
+    return files
+
+
+def _join(parts: list[tuple[pa.Table, Description]], path: Path) -> tuple[pa.Table, Description]:
+    """Parts as one table, with the description of the whole."""
+    import pyarrow as pa
+
+    first = parts[0][1]
+    for _, other in parts[1:]:
+        for name in ("source", "convention", "classes", "model"):
+            if getattr(other, name) != getattr(first, name):
+                raise ValueError(f"{path}: expected parts that agree, got two with another {name}")
+    whole = dataclasses.replace(
+        first,
+        saliency_size=max(part.saliency_size for _, part in parts),
+        config={**first.config, "shard": None},
+        seconds=sum(part.seconds for _, part in parts),
+    )
+    tables = [table.replace_schema_metadata() for table, _ in parts]
+    return describe(pa.concat_tables(tables).combine_chunks(), whole), whole
+
+
+def _read(path: Path) -> tuple[pa.Table, Description]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"expected a Parquet file written by casm_fast.extract, got {path}: no such file"

@@ -1,7 +1,8 @@
-"""Batched extraction: images to boxes and saliency statistics."""
+"""Batched extraction: images to boxes and saliency statistics, and on to other formats."""
 
 from casm_fast.extraction.config import ExtractConfig
+from casm_fast.extraction.exporting import export
 from casm_fast.extraction.extractor import Extractor, Measurements
 from casm_fast.extraction.pipeline import Extraction, extract
 
-__all__ = ["ExtractConfig", "Extraction", "Extractor", "Measurements", "extract"]
+__all__ = ["ExtractConfig", "Extraction", "Extractor", "Measurements", "export", "extract"]

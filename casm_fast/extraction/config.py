@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from casm_fast.data.decoders import DecoderName
 from casm_fast.data.geometry import Policy
 
 Rule = Literal["mean", "area", "value", "energy"]
 Component = Literal["largest", "all"]
 Precision = Literal["off", "bf16", "fp16"]
+Engine = Literal["local", "ray"]
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "resize_policy": ("crop", "squash", None),
@@ -17,6 +20,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "component": ("largest", "all"),
     "connectivity": (4, 8),
     "amp": ("off", "bf16", "fp16"),
+    "decoder": get_args(DecoderName),
+    "engine": get_args(Engine),
 }
 LEAST = {"input_size": 1, "batch_size": 1, "workers": 0, "limit": 1}
 
@@ -52,6 +57,10 @@ class ExtractConfig:
     """Threads that decode images beside the network; 0 decodes in between. The boxes do not depend
     on it, and a set in memory needs none."""
 
+    decoder: DecoderName = "auto"
+    """What decodes JPEG files: torchcodec (extra fast-io), pillow, or auto: torchcodec where it is
+    installed and gives pillow's pixels. A set that is open already keeps its own."""
+
     device: str = "auto"
     """"auto" (for a model from a file: a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
 
@@ -60,6 +69,14 @@ class ExtractConfig:
 
     limit: int | None = None
     """Only the first so many images; else all."""
+
+    shard: str | None = None
+    """"2/4" takes the second of four equal parts and writes it beside OUTPUT, as
+    boxes.2-of-4.parquet; all four together are read under the name of OUTPUT."""
+
+    engine: Engine = "local"
+    """local: this process. ray: a Ray cluster (extra dist), the one that RAY_ADDRESS names or that
+    runs here, else one of this machine's CPUs and GPUs; the boxes are the same."""
 
     progress: bool = True
     """Show a progress bar when the error stream is a terminal."""
@@ -81,3 +98,35 @@ class ExtractConfig:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if not self.alpha >= 0:
             raise ValueError(f"alpha: expected a number >= 0, got {self.alpha}")
+        if self.shard is not None:
+            part, parts = _fraction(self.shard)
+            if not 1 <= part <= parts:
+                raise ValueError(f'shard: expected "i/n" with i from 1 to n, got {self.shard!r}')
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many parts, counted from 1."""
+        return (1, 1) if self.shard is None else _fraction(self.shard)
+
+    def span(self, images: int) -> range:
+        """The places of the images that are asked for.
+
+        Args:
+            images: How many the source has.
+
+        Raises:
+            ValueError: There are fewer images than parts.
+        """
+        total = min(images, self.limit or images)
+        part, parts = self.part
+        if parts > total:
+            raise ValueError(
+                f"shard: expected at most {total} parts of {total} images, got {parts}"
+            )
+        return range((part - 1) * total // parts, part * total // parts)
+
+
+def _fraction(text: str) -> tuple[int, int]:
+    """The numbers of "2/4"; zeros where it is none."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

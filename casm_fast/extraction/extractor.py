@@ -8,6 +8,7 @@ copy per batch.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,3 +149,10 @@ class Extractor:
         with torch.autocast(self.device.type, dtype=dtype, enabled=self.amp != "off"):
             saliency, logits = self.model(batch)
         return saliency.float(), logits.float()
+
+
+def device_name(device: torch.device) -> str:
+    """What a table says about the device that its boxes were computed on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import casm_fast
 from casm_fast.data import predictions
-from casm_fast.data.loading import ImageBatch, evaluation_batches
+from casm_fast.data.decoders import describe_decoder
+from casm_fast.data.loading import evaluation_batches
 from casm_fast.data.predictions import Convention, Description
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.extraction.config import ExtractConfig
-from casm_fast.extraction.extractor import Extractor
-from casm_fast.extraction.rows import Row, error_row, label_numbers, measured_rows, to_table
+from casm_fast.extraction.extractor import Extractor, device_name
+from casm_fast.extraction.rows import Row, batch_rows, label_numbers, to_table
 from casm_fast.models import checkpoint
 from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel
@@ -82,7 +81,8 @@ def extract(
         model: A model, its checkpoint, or the folder of a training run.
         source: Images: ``"imagenet-val:DIR"``, ``"folder:DIR"``, ``"synthetic"``, a path, or an
             open source.
-        output: Parquet file to write; it appears only when it is complete.
+        output: Parquet file to write; it appears only when it is complete. With ``shard`` its name
+            gets the number of the part.
         config: Options; the conventions of the CASM paper when not given.
         **overrides: Fields of :class:`ExtractConfig` by name.
 
@@ -91,17 +91,20 @@ def extract(
 
     Raises:
         FileNotFoundError: If the checkpoint or the images are not there.
+        ImportError: If the engine or the decoder asked for is not installed.
         ValueError: If an option is out of range, or the source is empty.
     """
     config = dataclasses.replace(config or ExtractConfig(), **overrides)
     started = time.perf_counter()
+    here = "cpu" if config.engine == "ray" else config.device  # Ray's workers have their own
     file = None
     if not isinstance(model, SaliencyModel):
         file = Path(model)
-        model = checkpoint.load(file, device=choose_device(config.device))
-    images = open_source(source, split="val")
+        model = checkpoint.load(file, device=choose_device(here))
+    images = open_source(source, split="val", decoder=config.decoder)
     if len(images) == 0:
         raise ValueError(f"{images.name}: expected at least one image, got none")
+    span = config.span(len(images))
     convention = Convention(
         size=config.input_size or model.input_size,
         policy=config.resize_policy or model.resize_policy,
@@ -111,10 +114,16 @@ def extract(
         connectivity=config.connectivity,
     )
     home = next(model.parameters()).device
-    device = home if config.device == "auto" else choose_device(config.device)
+    device = home if here == "auto" else choose_device(here)
     with _borrowed(model, device):
-        extractor = Extractor(model, convention, device, config.amp)
-        rows, saliency_size = _run(extractor, images, config)
+        if config.engine == "ray":
+            from casm_fast.extraction import cluster
+
+            table, saliency_size, place = cluster.run(model, convention, images, span, config)
+        else:
+            extractor = Extractor(model, convention, device, config.amp)
+            table, saliency_size = _run(extractor, images, span, config)
+            place = device_name(device)
 
     seconds = time.perf_counter() - started
     description = Description(
@@ -125,79 +134,51 @@ def extract(
         checkpoint=None if file is None else str(file),
         model=checkpoint.fingerprint(model),
         config=dataclasses.asdict(config),
-        device=_device_name(device),
+        device=place,
         seconds=seconds,
-        versions=_versions(),
+        versions=_versions(config),
     )
-    table = predictions.describe(to_table(rows), description)
-    path = None if output is None else predictions.write(table, output)
-    errors = sum(row["error"] is not None for row in rows)
+    table = predictions.describe(table, description)
+    path = None
+    if output is not None:
+        path = predictions.write(table, predictions.part_path(Path(output), *config.part))
+    errors = len(table) - int(table["error"].null_count)
     if errors:
-        logger.warning("%d of %d images could not be read; their rows say why", errors, len(rows))
-    return Extraction(table, path, len(rows), errors, seconds)
+        logger.warning("%d of %d images could not be read; their rows say why", errors, len(table))
+    return Extraction(table, path, len(table), errors, seconds)
 
 
 def _run(
-    extractor: Extractor, source: ImageSource, config: ExtractConfig
-) -> tuple[list[Row], tuple[int, int]]:
-    """Every row of the source, and the size of the saliency maps."""
+    extractor: Extractor, source: ImageSource, span: range, config: ExtractConfig
+) -> tuple[pa.Table, tuple[int, int]]:
+    """The rows of a part of the source, and the size of the saliency maps."""
     from tqdm import tqdm
 
-    convention = extractor.convention
-    stop = min(len(source), config.limit or len(source))
     labels = label_numbers(source.classes, extractor.model.classes)
     rows: dict[int, Row] = {}
     saliency_size = (0, 0)
     failed = 0
     with tqdm(
-        total=stop, unit="img", desc="extract", disable=None if config.progress else True
+        total=len(span), unit="img", desc="extract", disable=None if config.progress else True
     ) as bar:
         for batch in evaluation_batches(
             source,
-            size=convention.size,
+            size=extractor.convention.size,
             batch_size=config.batch_size,
             workers=config.workers,
-            policy=convention.policy,
-            stop=stop,
+            policy=extractor.convention.policy,
+            start=span.start,
+            stop=span.stop,
             pin_memory=extractor.device.type == "cuda",
         ):
-            for index, error in batch.errors:
-                rows[index] = error_row(source, index, error, labels)
-            if batch.indices:
-                truth, net_truth = _true_boxes(source, batch)
-                measurements = extractor(batch.images, net_truth)
-                saliency_size = measurements.saliency_size
-                made = measured_rows(
-                    measurements,
-                    source,
-                    batch.indices,
-                    batch.geometries,
-                    truth,
-                    net_truth,
-                    classes=extractor.model.classes,
-                    labels=labels,
-                    rule=convention.rule,
-                )
-                rows.update(zip(batch.indices, made, strict=True))
+            made, size = batch_rows(extractor, source, batch, labels)
+            rows.update(made)
+            saliency_size = max(saliency_size, size)
             failed += len(batch.errors)
             if failed:
                 bar.set_postfix(errors=failed, refresh=False)
-            bar.update(len(batch.indices) + len(batch.errors))
-    return [rows[index] for index in sorted(rows)], saliency_size
-
-
-def _true_boxes(
-    source: ImageSource, batch: ImageBatch
-) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
-    """The true boxes of a batch in original and in network pixels."""
-    if not source.has_boxes:
-        none = [np.zeros((0, 4), np.int32)] * len(batch.indices)
-        return none, none
-    truth = [source.boxes(index) for index in batch.indices]
-    moved = [
-        geometry.to_network(boxes) for geometry, boxes in zip(batch.geometries, truth, strict=True)
-    ]
-    return truth, moved
+            bar.update(len(made))
+    return to_table([rows[index] for index in span]), saliency_size
 
 
 @contextmanager
@@ -214,15 +195,10 @@ def _borrowed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
             module.training = True
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _versions() -> dict[str, str]:
+def _versions(config: ExtractConfig) -> dict[str, str]:
     return {
         "casm_fast": casm_fast.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "decoder": describe_decoder(config.decoder),
     }

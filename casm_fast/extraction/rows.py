@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from casm_fast.data import predictions
 from casm_fast.data.geometry import Geometry
+from casm_fast.data.loading import ImageBatch
 from casm_fast.data.source import ImageSource
-from casm_fast.extraction.extractor import Measurements
+from casm_fast.extraction.extractor import Extractor, Measurements
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +57,54 @@ def label_numbers(source: Sequence[str], model: Sequence[str]) -> dict[int, int]
             len(source),
         )
     return mapping
+
+
+def batch_rows(
+    extractor: Extractor, source: ImageSource, batch: ImageBatch, labels: dict[int, int] | None
+) -> tuple[dict[int, Row], tuple[int, int]]:
+    """Rows of a batch by their place in the source, and the size of the saliency maps.
+
+    Args:
+        extractor: Measures the images.
+        source: Where they come from.
+        batch: Images and errors.
+        labels: From :func:`label_numbers`.
+
+    Returns:
+        The rows; and ``(h, w)``, (0, 0) when no image could be read.
+    """
+    rows = {index: error_row(source, index, error, labels) for index, error in batch.errors}
+    if not batch.indices:
+        return rows, (0, 0)
+    truth, net_truth = _true_boxes(source, batch)
+    measurements = extractor(batch.images, net_truth)
+    made = measured_rows(
+        measurements,
+        source,
+        batch.indices,
+        batch.geometries,
+        truth,
+        net_truth,
+        classes=extractor.model.classes,
+        labels=labels,
+        rule=extractor.convention.rule,
+    )
+    rows.update(zip(batch.indices, made, strict=True))
+    return rows, measurements.saliency_size
+
+
+def _true_boxes(
+    source: ImageSource, batch: ImageBatch
+) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+    """The true boxes of a batch in original and in network pixels."""
+    if not source.has_boxes:
+        none = [np.zeros((0, 4), np.int32)] * len(batch.indices)
+        return none, none
+    truth = [source.boxes(index) for index in batch.indices]
+    moved = [
+        geometry.to_network(boxes) for geometry, boxes in zip(batch.geometries, truth, strict=True)
+    ]
+    return truth, moved
 
 
 def measured_rows(

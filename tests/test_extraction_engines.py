@@ -1,0 +1,244 @@
+"""Shards and the Ray engine give the rows of one local run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casm_fast.data import predictions
+from casm_fast.data.synthetic import generate, write_coco, write_tree
+from casm_fast.evaluation import evaluate
+from casm_fast.extraction import ExtractConfig, extract
+from casm_fast.extraction.cluster import Plan, plan
+from casm_fast.models import checkpoint
+from casm_fast.models.saliency import build_model
+
+IMAGES = 37
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and a tree with a file that cannot be read."""
+    folder = tmp_path_factory.mktemp("engines")
+    val = generate(IMAGES, size=32, classes=3, seed=4, split="val")
+    write_tree(folder / "tree", None, val, layout="flat", sides=(40, 60))
+    (folder / "tree/val/ILSVRC2012_val_00000020.JPEG").write_bytes(b"nothing")
+    write_coco(folder / "coco", None, val, sides=(40, 60))
+    model = build_model("compact", classes=val.classes, input_size=32)
+    checkpoint.save(model, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Any:
+    return extract(
+        place / "model.safetensors", f"imagenet-val:{place / 'tree'}", place / "whole.parquet",
+        batch_size=8,
+    )  # fmt: skip
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 4, IMAGES])
+def test_parts_together_are_one_run(place: Path, whole: Any, parts: int, tmp_path: Path) -> None:
+    # Batches of one image: a network's sums may differ in the last bit with the batch's size.
+    output = tmp_path / "boxes.parquet"
+    source = f"imagenet-val:{place / 'tree'}"
+    model = place / "model.safetensors"
+    one = extract(model, source, batch_size=1)
+    for part in range(1, parts + 1):
+        made = extract(model, source, output, batch_size=1, shard=f"{part}/{parts}")
+        assert made.path == predictions.part_path(output, part, parts)
+        assert made.images in (IMAGES // parts, IMAGES // parts + 1)
+    table, description = predictions.read(output)
+    assert table.to_pylist() == one.table.to_pylist()
+    assert description.source == source
+    assert description.config["shard"] in (None, "1/1")
+    assert description.convention == whole.description.convention
+    assert str(evaluate(output)) == str(evaluate(one))
+
+
+def test_the_name_of_a_part_and_its_images(place: Path, tmp_path: Path) -> None:
+    source = f"imagenet-val:{place / 'tree'}"
+    made = extract(
+        place / "model.safetensors", source, tmp_path / "x.parquet", shard="2/3", limit=10
+    )
+    assert made.path == tmp_path / "x.2-of-3.parquet"
+    assert [row["image_id"] for row in made.table.to_pylist()] == [
+        f"ILSVRC2012_val_{k:08d}" for k in (4, 5, 6)
+    ]
+
+
+def test_parts_that_are_missing_or_strange_are_named(place: Path, tmp_path: Path) -> None:
+    output, model = tmp_path / "boxes.parquet", place / "model.safetensors"
+    source = f"imagenet-val:{place / 'tree'}"
+    extract(model, source, output, shard="1/2", limit=6)
+    with pytest.raises(FileNotFoundError) as missing:
+        predictions.read(output)
+    assert str(missing.value) == (
+        f"{output}: expected all of its 2 parts, got none named boxes.2-of-2.parquet (1 missing); "
+        "extract with --shard i/2 what is missing"
+    )
+    extract(model, source, output, shard="2/2", limit=6, rule="value")
+    with pytest.raises(ValueError) as strange:
+        predictions.read(output)
+    assert str(strange.value) == (
+        f"{output}: expected parts that agree, got two with another convention"
+    )
+    extract(model, source, output, shard="3/3", limit=6)
+    with pytest.raises(ValueError) as mixed:
+        predictions.read(output)
+    assert str(mixed.value) == (
+        f"{output}: expected parts of one division, got parts of 2 and of 3; remove the old ones"
+    )
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b", "-1/4", "1/4/2"])
+def test_shards_that_are_none_are_refused(text: str) -> None:
+    message = f'shard: expected "i/n" with i from 1 to n, got {text!r}'
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ExtractConfig(shard=text)
+
+
+def test_more_parts_than_images_are_refused() -> None:
+    with pytest.raises(ValueError) as caught:
+        ExtractConfig(shard="1/9").span(8)
+    assert str(caught.value) == "shard: expected at most 8 parts of 8 images, got 9"
+
+
+# --- COCO -----------------------------------------------------------------------------------------
+
+
+def test_coco_gives_the_boxes_and_scores_of_the_imagenet_layout(place: Path) -> None:
+    model = place / "model.safetensors"
+    tree, coco = (
+        extract(model, spec, batch_size=1)
+        for spec in (f"imagenet-val:{place / 'tree'}", f"coco:{place / 'coco'}")
+    )
+    rows = [
+        [row for number, row in enumerate(made.table.to_pylist()) if number != 19]
+        for made in (tree, coco)  # number 19 cannot be read in the tree
+    ]
+    for one, other in zip(*rows, strict=True):
+        different = {name for name in one if one[name] != other[name]}
+        assert different == {"image_id"}
+    assert coco.description.source == f"coco-val2017:{place / 'coco'}"
+
+
+# --- Ray ------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="needs casm_fast[dist]")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local", num_cpus=2, num_gpus=0, object_store_memory=80 * 2**20,
+        include_dashboard=False, logging_level="error", log_to_driver=False,
+    )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_rows_of_the_local_engine(
+    ray: Any, place: Path, whole: Any, tmp_path: Path
+) -> None:
+    made = extract(
+        place / "model.safetensors", f"imagenet-val:{place / 'tree'}", tmp_path / "ray.parquet",
+        batch_size=8, engine="ray",
+    )  # fmt: skip
+    assert made.table.equals(whole.table)
+    assert (made.images, made.errors) == (IMAGES, 1)
+    table, description = predictions.read(tmp_path / "ray.parquet")
+    assert table.equals(whole.table)
+    assert description.device.startswith("1 x cpu (")
+    assert description.device.endswith(f"by Ray {ray.__version__}")
+    for name in ("source", "convention", "saliency_size", "classes", "model", "checkpoint"):
+        assert getattr(description, name) == getattr(whole.description, name)
+    assert ray.is_initialized()  # what was not started by extract is not stopped by it
+
+
+def test_a_part_by_ray_from_a_set_in_memory(ray: Any, place: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 5, "shard": "2/3", "limit": 30}
+    val = generate(IMAGES, size=32, classes=3, seed=4, split="val")
+    model = checkpoint.load(place / "model.safetensors")
+    rows = [
+        extract(model, val, engine=engine, **options).table.to_pylist()
+        for engine in ("local", "ray")
+    ]
+    assert rows[0] == rows[1]
+    assert [row["image_id"] for row in rows[0]] == [f"val-{k:06d}" for k in range(10, 20)]
+
+
+def test_images_that_cannot_be_sent_are_refused(ray: Any, place: Path) -> None:
+    val = generate(4, size=32, classes=3)
+    object.__setattr__(val, "lock", __import__("threading").Lock())
+    with pytest.raises(ValueError, match=r"^engine: expected images and a model that can be sent"):
+        extract(place / "model.safetensors", val, engine="ray")
+
+
+def test_the_plan_of_a_cluster() -> None:
+    for gpus, cpus, device, expected in (
+        (0, 2, "auto", Plan(1, 0, 1, 1)),
+        (0, 4, "auto", Plan(1, 0, 3, 1)),
+        (0, 64, "auto", Plan(16, 0, 3, 16)),
+        (0, 7, "cpu", Plan(1, 0, 6, 1)),
+        (1, 16, "auto", Plan(1, 1, 1, 15)),
+        (8, 64, "cuda", Plan(8, 1, 1, 56)),
+        (8, 4, "cuda", Plan(3, 1, 1, 1)),
+        (8, 64, "cpu", Plan(16, 0, 3, 16)),
+    ):
+        found = plan(gpus, cpus, device)
+        assert found == expected
+        assert found.actors * found.cpus + found.readers == cpus
+        assert found.readers >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (1, 8, "cuda:1"),
+            "device: expected 'auto', 'cpu' or 'cuda' with the engine ray, which takes all GPUs of "
+            "the cluster, got 'cuda:1'",
+        ),
+        (
+            (0, 8, "cuda"),
+            "device: expected a GPU in the Ray cluster, got none; choose 'auto'",
+        ),
+        (
+            (0, 1, "auto"),
+            "engine: expected a Ray cluster of at least 2 CPUs, one to read and one for the "
+            "network, got 1",
+        ),
+    ],
+)
+def test_clusters_that_cannot_serve_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        plan(*arguments)
+    assert str(caught.value) == message
+
+
+def test_without_ray_there_is_one_sentence(place: Path) -> None:
+    program = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from casm_fast.extraction import extract\n"
+        f"try: extract({str(place / 'model.safetensors')!r}, "
+        f"{str(place / 'tree')!r}, engine='ray')\n"
+        "except ImportError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == (
+        "engine: expected Ray for the engine ray, but it is not installed: "
+        "pip install 'casm_fast[dist]'\n"
+    ), run.stderr
