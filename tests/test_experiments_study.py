@@ -142,8 +142,8 @@ def test_other_settings_are_refused(table2: Reproduction) -> None:
         smoke("table2", output, data="synthetic:images=40", decoder_lr=0.1)
     assert str(refusal.value) == (
         f"{table2.folder / 'settings.json'}: the run was started with other settings (data was "
-        "'synthetic:images=48,size=32,classes=4', now "
-        "'synthetic:images=48,size=32,classes=4,images=40'; training_images was 48, now 40; "
+        "'synthetic:images=64,size=32,classes=4', now "
+        "'synthetic:images=64,size=32,classes=4,images=40'; training_images was 64, now 40; "
         "settings was {}, now {'decoder_lr': 0.1}): expected the same ones to resume it; set them "
         "back, or choose another output folder"
     )
@@ -261,7 +261,7 @@ def test_an_unknown_name_gets_close_ones(
     assert (code, out) == (1, "")
     assert err.strip() == (
         "casm-fast: reproduce: expected the name of an experiment, got 'tabel2': did you mean "
-        "table2?"
+        "table2 or table3 or table1?"
     )
     assert not list(tmp_path.iterdir())
 

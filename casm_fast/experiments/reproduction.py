@@ -14,7 +14,17 @@ from typing import Any
 import torch
 
 import casm_fast
-from casm_fast.experiments import claims, resizing, seeds, statistics, table1, table2
+from casm_fast.experiments import (
+    claims,
+    figure2,
+    figure3,
+    resizing,
+    seeds,
+    statistics,
+    table1,
+    table2,
+    table3,
+)
 from casm_fast.experiments.findings import PAPER, Findings
 from casm_fast.experiments.study import FULL, QUICK, Experiment, Scale, Study, write_json
 from casm_fast.models.placement import choose_device
@@ -26,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (table1, table2, seeds, statistics, resizing, claims)
+    for module in (table1, table2, table3, seeds, statistics, figure2, figure3, resizing, claims)
 }
 """Every experiment by name, in the order of the paper."""
 

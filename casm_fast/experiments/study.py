@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 IMAGENET_CLASSES, IMAGENET_IMAGES = 1000, 50_000
 """Classes and validation images of the paper's data set."""
 
+FROM_SCRATCH = {"pretrain_epochs": 90, "pretrain_lr": 0.1, "batch_size": 256}
+"""How torchvision's model zoo trained ResNet-50 on ImageNet; our rate falls along a cosine."""
+
 _DIGITS = 10
 # Fields of a configuration that change no result; `epochs` is free only for a resumed run.
 _IRRELEVANT = FREE_FIELDS - {"epochs"}
@@ -59,6 +62,7 @@ class Scale:
         embedded: Options of the embedded set, such as ``"images=2000"``.
         training: Fields of `TrainConfig` for the embedded set.
         elsewhere: Fields of `TrainConfig` for any other set.
+        scratch: The same for classifiers that are trained from scratch on any other set.
         images: Validation images that are scored; all when None.
         strategies: Strategies that are replaced because a run has too few steps for them.
     """
@@ -67,6 +71,7 @@ class Scale:
     embedded: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
+    scratch: Mapping[str, Any] = field(default_factory=dict)
     images: int | None = None
     strategies: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,6 +84,7 @@ QUICK = Scale(
     embedded="images=2000",
     training={"pretrain_epochs": 8, "epochs": 2, "schedule_epochs": 2},
     elsewhere={"epochs": 2, "epoch_fraction": 0.02, "schedule_epochs": 2},
+    scratch={"pretrain_epochs": 2},
     images=1000,
     strategies={"L100": "L10", "L1000": "L30"},
 )
@@ -86,10 +92,10 @@ QUICK = Scale(
 
 SMOKE = Scale(
     "smoke",
-    embedded="images=48,size=32,classes=4",
+    embedded="images=64,size=32,classes=4",
     training={
         "input_size": 32,
-        "batch_size": 16,
+        "batch_size": 8,
         "pretrain_epochs": 1,
         "epochs": 1,
         "history_size": 2,
@@ -180,7 +186,7 @@ class Study:
         if self.embedded:
             # The last of two values wins: what the caller asks for stands at the end.
             parts = (scale.embedded, embedded, options)
-            data = ":".join(filter(None, (kind, ",".join(filter(None, parts)))))
+            data = f"{kind}:" + ",".join(filter(None, parts))
         self.data = data
         self._claim()
 
@@ -299,34 +305,36 @@ class Study:
 
         Where the data set's preset has no pre-trained weights, the classifier is trained first, on
         the same images and with seed 0, once for all runs: as the paper's runs share the one of the
-        model zoo.
+        model zoo. With a part of the data set as `training` it is always trained first, so that it
+        has seen nothing else.
 
         Args:
             training: Images to learn from; those of the data set by default.
-            **settings: Fields of `TrainConfig`. With ``pretrain_epochs`` or ``weights`` among them
-                the run gets a classifier of its own.
+            **settings: Fields of `TrainConfig`. With ``weights`` among them the run starts from
+                these.
 
         Returns:
             Where the model is.
         """
-        training = training or self.training
-        if not {"pretrain_epochs", "weights"} & {*settings, *self.settings}:
-            plain = self.config(**settings)
-            if plain.pretrain_epochs:
-                shared = {k: settings[k] for k in ("backbone", "input_size") if k in settings}
-                classifier = self.classifier(training=training, **shared)
-                settings = {**settings, "weights": str(classifier.checkpoint.resolve())}
-                settings["pretrain_epochs"] = 0
-        return self._run(self.config(**settings), training)
+        config = self.config(**settings)
+        given = "weights" in settings or "weights" in self.settings
+        if not given and (training is not None or config.pretrain_epochs):
+            shared = {k: settings[k] for k in ("backbone", "input_size") if k in settings}
+            classifier = self.classifier(training=training, **shared)
+            config = dataclasses.replace(
+                config, weights=str(classifier.checkpoint.resolve()), pretrain_epochs=0
+            )
+        return self._run(config, training or self.training)
 
     def classifier(self, *, training: ImageSource | None = None, **settings: Any) -> Run:
-        """Train a classifier alone; its decoder stays untrained.
+        """Train a classifier from scratch; its decoder stays untrained.
 
         Args:
             training: Images to learn from; those of the data set by default.
             **settings: Fields of `TrainConfig`.
         """
-        config = self.config(**{"seed": 0, **settings, "strategy": "F", "epochs": 0})
+        scratch = {} if self.embedded else {**FROM_SCRATCH, **self.scale.scratch}
+        config = self.config(**{**scratch, "weights": "none", **settings, "strategy": "F"})
         return self._run(dataclasses.replace(config, epochs=0), training or self.training)
 
     def boxes(self, run: Run, source: ImageSource | None = None, **options: Any) -> Path:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.report.page import HasTable, choose_group, load_model, net_box, read_table
@@ -14,6 +17,7 @@ from casm_fast.report.pictures import Pictures, draw
 if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TILE = 1.3  # inches
 _PREDICTED, _TRUE = "#ff9d2e", "#ffffff"
@@ -41,20 +45,42 @@ def gallery(
     Returns:
         ``output``.
     """
-    from matplotlib.figure import Figure
-
     table, description = read_table(extraction)
     images = open_source(source if source is not None else description.source, split="val")
     rows: list[dict[str, Any]] = table.to_pylist()
     indices = choose_group(rows, columns, groups=1)[0]
     drawn = draw(load_model(model, description), images, indices, description.convention)
     forms = _forms(drawn)
+    figure, grid = picture_grid(
+        [(name, [getattr(picture, form) for picture in drawn]) for name, form in forms]
+    )
+    for axes, picture, index in zip(grid[0], drawn, indices, strict=True):
+        _boxes(axes, rows[index], len(picture.original) / description.convention.size)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=dpi)
+    return output
 
-    label = 0.95
-    figure = Figure(figsize=(label + _TILE * len(indices), _TILE * len(forms)))
+
+def picture_grid(
+    rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], label: float = 0.95
+) -> tuple[Figure, list[list[Axes]]]:
+    """Pictures in rows, each with its name at the left.
+
+    Args:
+        rows: Names and equally many pictures ``[D, D, 3]`` each.
+        label: Inches for the names.
+
+    Returns:
+        The figure, to be saved, and its axes by row and column.
+    """
+    from matplotlib.figure import Figure
+
+    columns = len(rows[0][1])
+    figure = Figure(figsize=(label + _TILE * columns, _TILE * len(rows)))
     grid = figure.subplots(
-        len(forms),
-        len(indices),
+        len(rows),
+        columns,
         squeeze=False,
         gridspec_kw={
             "left": label / figure.get_figwidth(),
@@ -65,26 +91,20 @@ def gallery(
             "hspace": 0.05,
         },
     )
-    for axes_row, (name, form) in zip(grid, forms, strict=True):
-        for axes, picture, index in zip(axes_row, drawn, indices, strict=True):
-            axes.imshow(getattr(picture, form), interpolation="lanczos")
+    for axes_row, (name, pictures) in zip(grid, rows, strict=True):
+        for axes, picture in zip(axes_row, pictures, strict=True):
+            axes.imshow(picture, interpolation="lanczos")
             axes.set_axis_off()
-            if form == "original":
-                size = description.convention.size
-                _boxes(axes, rows[index], len(picture.original) / size)
         axes_row[0].text(
             -0.08, 0.5, name, transform=axes_row[0].transAxes, ha="right", va="center", size=9
         )
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=dpi)
-    return output
+    return figure, grid.tolist()
 
 
 def _forms(drawn: Sequence[Pictures]) -> list[tuple[str, str]]:
     """The rows that can be drawn, and the fields that hold them."""
     forms = [
-        ("original", "original"),
+        ("original", "original"),  # the first: boxes are drawn on it
         ("saliency", "saliency"),
         ("masked-in", "masked_in"),
         ("masked-out", "masked_out"),
