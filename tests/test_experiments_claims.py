@@ -127,8 +127,8 @@ def test_strategies_share_the_classifier_of_their_seed(result: Reproduction) -> 
     # Beside those two: the referee, which learned the same scenes without emblems.
     alone = sorted(t["data"] for t in trained if not t["epochs"])
     assert alone == [
-        "synthetic:train,images=48,size=32,classes=4",
-        *["synthetic:train,images=48,size=32,classes=4,emblem=100"] * 2,
+        "synthetic:train,images=64,size=32,classes=4",
+        *["synthetic:train,images=64,size=32,classes=4,emblem=100"] * 2,
     ]
 
 

@@ -48,7 +48,7 @@ class ClassSubset(Subset):
     @property
     def classes(self) -> Sequence[str]:
         """Names of the chosen classes by their new labels."""
-        return tuple(super().classes[label] for label in self._chosen.tolist())
+        return tuple(self._source.classes[label] for label in self._chosen)
 
     def label(self, index: int) -> int:
         """The class, by its place among the chosen ones."""
