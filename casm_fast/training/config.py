@@ -356,6 +356,13 @@ class TrainConfig:
     """Micro-batches that a batch is cut into to save memory; their gradients are added up, batch
     normalisation sees each alone."""
 
+    compile: bool = False
+    """Compile the passes of a step with torch.compile, gradients included: slower to start (minutes
+    on a CPU), then faster."""
+
+    cuda_graphs: bool = False
+    """With `compile` on a GPU: replay the passes as CUDA graphs."""
+
     channels_last: bool = True
     """Keep images and weights in channels-last memory order (faster convolutions on GPUs and some
     CPUs)."""
@@ -413,6 +420,10 @@ class TrainConfig:
             raise ValueError(
                 f"accumulate: expected micro-batches of at least 2 images (batch normalisation "
                 f"needs two), got {self.accumulate} of a batch of {batch_size}"
+            )
+        if self.cuda_graphs and not self.compile:
+            raise ValueError(
+                "cuda_graphs: expected compile=True, whose graphs they capture, got compile=False"
             )
         if self.lambda_r not in ("preset", "auto") and (
             isinstance(self.lambda_r, (str, bool)) or not 0 <= self.lambda_r < math.inf

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.training.average import MappingAverage
 from casm_fast.training.calibration import Calibration
+from casm_fast.training.compiled import Calls, compiled
 from casm_fast.training.config import Strategy, TrainConfig
 from casm_fast.training.descent import MOST_SKIPPED, Descent, Gradients, GradientSum
 from casm_fast.training.distributed import HostSyncBatchNorm, World, alone
@@ -110,6 +111,14 @@ class Engine:
             lambda_r=self.lambda_r,
             lambda_in=config.lambda_in_value(classes),
         )
+        self._calls = self._plain = Calls(self.passes.clean, self.passes.masked)
+        if config.cuda_graphs and device.type != "cuda":
+            raise ValueError(
+                f"cuda_graphs: expected a GPU to train on, got {str(device)!r}; "
+                "pass cuda_graphs=False"
+            )
+        if config.compile:
+            self._calls = compiled(self.passes, cuda_graphs=config.cuda_graphs)
         self._local_normalisations = [
             module
             for module in model.modules()
@@ -185,6 +194,8 @@ class Engine:
             memory_format=self.memory_format
         )
         labels = labels.to(self.device, non_blocking=True)
+        if self.config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the last step's results may be overwritten
         if self.phase == "pretrain":
             self.classifier_descent.rate = self.recipe.pretrain_lr * pretrain_schedule(index, total)
             self._pretrain_step(images, labels, index)
@@ -203,8 +214,9 @@ class Engine:
     def _pretrain_step(self, images: Tensor, labels: Tensor, index: int) -> None:
         theta = GradientSum()
         scale = self.classifier_descent.factor
+        calls = self._calls_for(len(labels))
         for part in self._parts(images, labels):
-            clean = self.passes.clean(
+            clean = calls.clean(
                 part.images, part.labels, learns=True, weight=part.weight, scale=scale
             )
             theta.add(clean.gradients)
@@ -226,9 +238,10 @@ class Engine:
         theta, phi = GradientSum(), GradientSum()
         area = torch.zeros((), device=self.device)
         parts = self._parts(images, labels)
+        calls = self._calls_for(len(labels))
 
         def clean_pass(part: _Part) -> Clean:
-            clean = self.passes.clean(
+            clean = calls.clean(
                 part.images,
                 part.labels,
                 learns=trains,
@@ -245,7 +258,7 @@ class Engine:
             self.classifier_descent.step(self._start_mean(theta, len(labels))())
         learns = trains and not (alternating and snapshot is not None)
         for number, part in enumerate(parts):
-            masked = self.passes.masked(
+            masked = calls.masked(
                 part.images,
                 part.labels,
                 cleans[number] if alternating else clean_pass(part),
@@ -273,6 +286,11 @@ class Engine:
             (mean_area,) = self.world.start_mean([area], self._weight(len(labels)))()
             assert mean_area is not None  # `None` only stands for a gradient that is not there
             self.calibration.steer(mean_area)
+
+    def _calls_for(self, images: int) -> Calls:
+        """The compiled passes for a whole batch; a shorter one is not worth compiling for."""
+        whole = images * self.world.size == self.recipe.batch_size
+        return self._calls if whole else self._plain
 
     def _parts(self, images: Tensor, labels: Tensor) -> list[_Part]:
         """The micro-batches; each has two images or more."""
