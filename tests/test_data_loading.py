@@ -117,6 +117,28 @@ def test_any_resume_continues_the_stream(batch_size, fraction, drop_last, first,
     assert all(map(same, whole[first:], training_batches(source, **options, first_batch=first)))
 
 
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_shards_are_parts_of_one_stream(train, memory, parts):
+    order = np.random.default_rng([3, 2]).permutation(40)
+    broken = [int(order[k]) for k in (0, 1, 2, 9, 38)]
+    for source in (Counting(train, broken), memory):
+        options = {**COMMON, "size": 64, "augment": "flip", "drop_last": False}
+        whole = list(training_batches(source, **options))
+        shards = [list(training_batches(source, **options, shard=(k, parts))) for k in range(parts)]
+        assert all(len(shard) == len(whole) for shard in shards)
+        for batch, *pieces in zip(whole, *shards, strict=True):
+            assert torch.equal(batch.images, torch.cat([piece.images for piece in pieces]))
+            assert torch.equal(batch.labels, torch.cat([piece.labels for piece in pieces]))
+            assert batch.skipped == sum((piece.skipped for piece in pieces), ())
+            sizes = [len(piece.labels) + len(piece.skipped) for piece in pieces]
+            assert max(sizes) - min(sizes) <= 1
+    counting = Counting(train)
+    list(training_batches(counting, **COMMON, shard=(1, parts)))
+    assert len(counting.reads) < 40 / parts + 6
+    with pytest.raises(ValueError, match=r"^expected `shard` \(k, n\) with 0 <= k < n, got "):
+        training_batches(train, **COMMON, shard=(parts, parts))
+
+
 def test_an_epoch_shows_each_image_once_and_epochs_differ(memory):
     def order(epoch, **options):
         counting = Counting(memory)

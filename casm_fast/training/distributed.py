@@ -19,10 +19,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +43,9 @@ logger = logging.getLogger(__name__)
 # Seconds for which the ranks that have nothing to tell wait: torchrun ends all as soon as one has
 # ended, and the one that speaks must have spoken by then.
 SPEAKING = 1.0
+
+# How long the ranks wait for one another when they start.
+JOINING = timedelta(minutes=30)
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -208,15 +214,16 @@ def joined(device: str) -> Iterator[World]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(iter(rendezvous("env://", rank, size)))
+    store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=JOINING)))
     gpu = device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-    )
     try:
+        store = PrefixStore(_attempt(store, rank, size), store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+        )
         yield World(rank, size, _device(device, local_rank))
     except Exception as error:
         if not _first(store):
@@ -224,13 +231,15 @@ def joined(device: str) -> Iterator[World]:
             time.sleep(SPEAKING)
             raise SystemExit(1) from error
         if _connection_lost(error):
+            reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).rstrip(".")
             raise ConnectionError(
-                f"rank {rank} lost the connection to another of the {size} processes, which has "
-                "ended; start again with resume=True to go on from the state saved last"
+                f"rank {rank} of {size} lost the connection to another process ({reason}); if that "
+                "one has ended, start all again with resume=True to go on from the last saved state"
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def check_batch_size(world: World, batch_size: int) -> None:
@@ -342,6 +351,34 @@ def _environment() -> tuple[int, int, int]:
             f"environment, got none for {', '.join(missing)}; start the processes with torchrun"
         )
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _attempt(store: Store, rank: int, size: int) -> str:
+    """A name that all ranks share, and that no earlier attempt had.
+
+    After a restart torchrun hands out the store of the attempt before it, with the addresses of
+    processes that are gone, and TORCHELASTIC_RESTART_COUNT may differ between machines
+    (pytorch/pytorch#135712, #108158). So each rank asks with a word of its own until rank 0, who
+    answers whatever words it finds, has been heard by all.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"casm_fast/asked/{rank}", word)
+        name = store.get(f"casm_fast/answer/{word}").decode()  # waits for it
+        store.add(f"casm_fast/heard/{name}", 1)
+        return name
+    deadline = time.monotonic() + JOINING.total_seconds()
+    while store.add(f"casm_fast/heard/{word}", 0) < size - 1:
+        if time.monotonic() > deadline:
+            raise ConnectionError(
+                f"expected {size} processes to join, got fewer within {JOINING}; see why the "
+                "others did not start"
+            )
+        for key in (f"casm_fast/asked/{other}" for other in range(1, size)):
+            if store.check([key]):
+                store.set(f"casm_fast/answer/{store.get(key).decode()}", word)
+        time.sleep(0.01)
+    return word
 
 
 def _device(name: str, local_rank: int) -> torch.device:

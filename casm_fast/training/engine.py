@@ -343,10 +343,9 @@ class Engine:
         ]
         weight = self._weight(images)
         with torch.no_grad():
-            means = self.world.start_mean([buffer * weight for buffer in running], weight)()
-            for buffer, mean in zip(running, means, strict=True):
-                if mean is not None:
-                    buffer.copy_(mean)
+            weighted = running if weight == 1.0 else torch._foreach_mul(running, weight)
+            means = self.world.start_mean(weighted, weight)()
+            torch._foreach_copy_(running, [mean for mean in means if mean is not None])
 
     def statistics(self) -> dict[str, float]:
         """Means over the images since the last call (one wait for the device), then start anew.
