@@ -180,6 +180,19 @@ class Engine:
         self.model.train(self.phase == "casm")
         self.model.classifier.train(self.phase == "pretrain" or not self.strategy.fixed)
 
+    @property
+    def least_images(self) -> int:
+        """With how many images on each process a step can be done.
+
+        Batch normalisation needs two in a micro-batch; and all processes must have as many
+        micro-batches as the others, which synchronised normalisation joins.
+        """
+        if self.world.size == 1:
+            return 2
+        return 2 * max(
+            1, min(self.config.accumulate, self.recipe.batch_size // self.world.size // 2)
+        )
+
     def step(self, images: Tensor, labels: Tensor, index: int, total: int, epoch: int) -> None:
         """Do step `index` of `total` of the current phase.
 

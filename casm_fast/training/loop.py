@@ -268,7 +268,7 @@ class _Run:
             images, skipped, short, interrupted, terminated = self.engine.world.totals(
                 len(batch.labels),
                 len(batch.skipped),
-                len(batch.labels) < 2,
+                len(batch.labels) < self.engine.least_images,
                 self.stop.signal == signal.SIGINT,
                 self.stop.signal == signal.SIGTERM,
             )
@@ -280,7 +280,7 @@ class _Run:
                 position.skipped += skipped
             if not images:
                 raise DecodeError(f"not one image of a batch can be read: {batch.skipped[0]}")
-            if not short:  # batch normalisation needs two images on each process
+            if not short:
                 self.engine.step(batch.images, batch.labels, position.step, total, position.epoch)
             self._seen += images
             position.batch += 1
