@@ -345,17 +345,20 @@ def test_a_stop_on_one_rank_stops_all_and_another_number_of_processes_goes_on(
     codes, _ = processes(2, tmp_path, run_folder, tmp_path / "two", fields, 4, sources)
     assert codes == [143, 143]
     saved = torch.load(tmp_path / "two" / "state" / "state.pt", weights_only=True)
-    assert saved["position"] == {"phase": "casm", "epoch": 1, "batch": 2, "step": 5}
+    where = {name: saved["position"][name] for name in ("phase", "epoch", "batch", "step")}
+    assert where == {"phase": "casm", "epoch": 1, "batch": 2, "step": 5}
     again = run(tmp_path / "two", {**fields, "resume": True}, None, sources)
     # Measured 4e-5 (Adam makes much of small gradients) and 3e-7.
     assert difference(load(one.folder).state_dict(), load(again.folder).state_dict()) < 2e-4
+    unread = []
     for expected, found in zip(runs.records(one), runs.records(again), strict=True):
+        unread += found.get("skipped_images", [])
+        assert found.pop("skipped_images", []) == expected.pop("skipped_images", [])
         assert found == pytest.approx(expected, abs=1e-6)
-    # Every epoch shows 48 of 64 images, of which 3 are broken; each is counted once.
-    skipped = [row.get("skipped", 0) for row in runs.records(again)]
-    assert 3 <= sum(skipped) <= 12
-    told = [(tmp_path / f"{rank}.err").read_text().count("could not read") for rank in range(2)]
-    assert min(told) > 0
+    # Each of the four epochs shows 48 of the 64 images, of which 3 are broken.
+    assert 3 <= len(unread) <= 12
+    assert (tmp_path / "0.err").read_text().count("image") > 0
+    assert (tmp_path / "1.err").read_text().count("image") == 0
 
 
 WORKER = """
