@@ -389,31 +389,32 @@ void weighted_rows(const A* rows, int64_t stride, const A* weight, int64_t count
   for (; x < n; x += kWidth) add.template operator()<1>(x);
 }
 
-// Row u of m A_x^T, for u in [from, to): wide [to - from, stride].
+// Rows [from, to) of m A_x^T, into wide [h, stride].
 template <typename M, typename A>
 void widen(const Upsampling<A>& up, Rows<const M> mask, int64_t b, int64_t from, int64_t to, A* wide) {
   constexpr int64_t kWidth = Vector<A>::kWidth;
   std::vector<A> row(up.x.cells);
-  for (int64_t u = from; u < to; ++u, wide += up.stride) {
+  for (int64_t u = from; u < to; ++u) {
     const M* cells = mask.at(b, 0, u);
     for (int64_t cell = 0; cell < up.x.cells; ++cell) row[cell] = load(cells[cell]);
     for (int64_t x = 0; x < up.stride; x += kWidth) {
       const int64_t left = std::min(x, up.x.pixels - 1), right = std::min(x + kWidth, up.x.pixels) - 1;
       const int64_t cell = up.x.first[left], count = up.x.first[right] + up.x.taps - cell;
-      weighted_rows<false>(&up.x.transposed[cell * up.stride + x], up.stride, &row[cell], count, wide + x, kWidth);
+      weighted_rows<false>(&up.x.transposed[cell * up.stride + x], up.stride, &row[cell], count,
+                           wide + u * up.stride + x, kWidth);
     }
   }
 }
 
-// Rows [first, last) of M from `wide`, which begins at mask row `from`: keep [last - first, W * repeat]. `line` has
-// room for a row of the stride.
+// Rows [first, last) of M from `wide` [h, stride], where the rows that they weigh are set: keep [last - first,
+// W * repeat]. `line` has room for a row of the stride.
 template <typename A>
-void evaluate_rows(const Upsampling<A>& up, const A* wide, int64_t from, int64_t first, int64_t last, int64_t repeat,
-                   A* line, A* keep) {
+void evaluate_rows(const Upsampling<A>& up, const A* wide, int64_t first, int64_t last, int64_t repeat, A* line,
+                   A* keep) {
   const int64_t W = up.x.pixels, taps = up.y.taps;
   const bool direct = repeat == 1 && W % Vector<A>::kWidth == 0;
   for (int64_t y = first; y < last; ++y, keep += W * repeat) {
-    weighted_rows<false>(wide + (up.y.first[y] - from) * up.stride, up.stride, &up.y.weight[y * taps], taps,
+    weighted_rows<false>(wide + up.y.first[y] * up.stride, up.stride, &up.y.weight[y * taps], taps,
                          direct ? keep : line, round_up(W, Vector<A>::kWidth));
     if (direct) continue;
     if (repeat == 1) {
@@ -445,13 +446,15 @@ void for_upsampled_strips(const Frame& frame, const Upsampling<A>& up, Rows<cons
   torch::stable::parallel_for(0, frame.B * cut.tasks, ceil_div(kTaskWork, work), [&](int64_t begin, int64_t end) {
     const Buffer<A> wide = make_buffer<A>(up.y.cells * up.stride), line = make_buffer<A>(up.stride);
     const Buffer<A> keep = make_buffer<A>(rows * frame.length);
+    int64_t widened = 0;  // rows of the image at hand, counted from its top: tasks share most of what they weigh
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / cut.tasks, top = i % cut.tasks * cut.rows, bottom = std::min(top + cut.rows, frame.H);
-      const int64_t from = up.first_row(top);
-      widen(up, mask, b, from, up.last_row(bottom), wide.get());
+      if (top == 0) widened = 0;
+      widen(up, mask, b, std::max(widened, up.first_row(top)), up.last_row(bottom), wide.get());
+      widened = up.last_row(bottom);
       for (int64_t first = top; first < bottom; first += rows) {
         const int64_t last = std::min(first + rows, bottom);
-        evaluate_rows(up, wide.get(), from, first, last, frame.repeat, line.get(), keep.get());
+        evaluate_rows(up, wide.get(), first, last, frame.repeat, line.get(), keep.get());
         f(b, first, last, keep.get());
       }
     }
