@@ -102,3 +102,22 @@ def test_an_op_is_looked_up_at_every_call(monkeypatch):
     monkeypatch.setattr(torch.ops, "casm_fast", Others())
     light(1, 2, 3)
     assert calls == [(1, 2, 3)]
+
+
+def test_doors_compile_to_one_graph_for_any_size():
+    """dynamic=True makes sizes and even default numbers symbolic."""
+
+    def step(image, reference, mask, offset):
+        size = (image.shape[2] - 2, image.shape[3] - 2)
+        seen = jitter_mask(image, reference, mask, offset, size, SIGMA)
+        return seen.sum() + blend(image, reference, mask).sum() + tv_norm(mask).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 1):
+        arguments = [tensor[:batch] for tensor in inputs()]
+        arguments[0] = torch.nn.functional.pad(arguments[0], (0, batch))
+        arguments[1] = torch.nn.functional.pad(arguments[1], (0, batch))
+        mask = arguments[2].requires_grad_()
+        (grad,) = torch.autograd.grad(compiled(*arguments), mask)
+        (expected,) = torch.autograd.grad(step(*arguments), mask)
+        torch.testing.assert_close(grad, expected)

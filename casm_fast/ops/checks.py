@@ -84,11 +84,9 @@ def check_number(
     op: str, name: str, value: object, at_least: float = -math.inf, at_most: float = math.inf
 ) -> float:
     """Checks a finite number in a closed range and returns it as a float."""
-    if type(value) is float and at_least <= value <= at_most and math.isfinite(value):
-        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: expected `{name}` to be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or not at_least <= value <= at_most:
+    if not (at_least <= value <= at_most and -math.inf < value < math.inf):
         bounds = "finite"
         if at_least > -math.inf:
             bounds += f" and at least {at_least:g}"
