@@ -113,6 +113,7 @@ def test_every_run_is_told_and_means_are_means(result: Reproduction) -> None:
     assert {path.name for path in result.folder.glob("*.png")} == {
         "claims-body.png",
         "claims-emblem.png",
+        "claims-pictures.png",
     }
 
 

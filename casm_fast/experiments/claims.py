@@ -32,11 +32,15 @@ from casm_fast.data.synthetic import SyntheticSource
 from casm_fast.data.transforms import normalize
 from casm_fast.evaluation.coverage import coverage, most_salient
 from casm_fast.experiments import columns
-from casm_fast.experiments.findings import Chart, Column, Findings, Row, Table
+from casm_fast.experiments.findings import Chart, Column, Findings, Gallery, Row, Table
 from casm_fast.experiments.study import Experiment, Run, Study
 from casm_fast.models.encoder import Encoder
+from casm_fast.models.saliency import full_size
 from casm_fast.ops import blend, mask_boxes
 from casm_fast.report.charts import Draw, Palette
+from casm_fast.report.figure import picture_grid
+from casm_fast.report.page import Strip, Tile
+from casm_fast.report.pictures import data_uri, enlarge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,6 +66,8 @@ COLUMNS = (
     Column("mean_saliency", "mean saliency", ".3f"),
 )
 _BATCH = 250
+_SHOWN, _TILE = 8, 128
+_GREY = (124, 116, 104)  # ImageNet's mean colour, which replaces what is masked out
 
 
 def run(study: Study) -> Findings:
@@ -76,6 +82,7 @@ def run(study: Study) -> Findings:
     referee = referee_run.model().classifier
     seeds = range(study.repeats(full=3, quick=1, smoke=1))
     found: dict[str, list[dict[str, Any]]] = {}
+    first: dict[str, Run] = {}
     for name in STRATEGIES:
         for seed in seeds:
             study.progress(f"strategy {name}, seed {seed}")
@@ -87,6 +94,7 @@ def run(study: Study) -> Findings:
                 referee=referee_run.folder.name,
             )
             found.setdefault(name, []).append(value)
+            first.setdefault(name, trained)
     known = study.cell(
         "references", lambda: references(study, referee), referee=referee_run.folder.name
     )
@@ -130,6 +138,7 @@ def run(study: Study) -> Findings:
                 ("emblem", "Coverage of the emblem"),
             )
         ],
+        [_gallery(study, {label[key]: trained for key, trained in first.items()})],
         notes=[
             "Every seed has a pre-trained classifier of its own, which its three strategies share.",
             "lambda_R is the authors' for each strategy, in units of ln(classes).",
@@ -210,6 +219,58 @@ def references(study: Study, referee: Encoder) -> dict[str, dict[str, float]]:
             REFEREE.key: _share(whole == source.labels[: study.limit])
         },
     }
+
+
+def _gallery(study: Study, models: dict[str, Run]) -> Gallery:
+    """The first pictures with one object: saliency, and what masks of equal area leave."""
+    source = _with_emblems(study)
+    shown = [i for i in range(study.limit) if len(source.boxes(i)) == 1][:_SHOWN]
+    size = source.images.shape[1]
+    repeat = max(1, _TILE // size)
+    saliency, left = {}, {}
+    for name, trained in models.items():
+        model = trained.model()
+        images = normalize(torch.from_numpy(source.images[shown]))
+        with torch.no_grad():
+            maps = model(images.to(next(model.parameters()).device))[0]
+        kept = most_salient(maps[:, 0].cpu().numpy(), source.masks[shown].mean(axis=(1, 2)))
+        hole = full_size(torch.from_numpy(kept)[:, None], (size, size))[:, 0].numpy()
+        grey = (255 * full_size(maps.cpu(), (size, size))[:, 0].numpy()).astype(np.uint8)
+        saliency[name] = np.repeat(grey[..., None], 3, axis=3)
+        left[name] = np.where(hole[..., None], np.array(_GREY, np.uint8), source.images[shown])
+    rows = [("original", "what the network sees", source.images[shown])]
+    rows += [(name, f"saliency of {name}", pictures) for name, pictures in saliency.items()]
+    rows += [
+        (f"left by {name}", f"what {name} leaves when it masks as much as the object", pictures)
+        for name, pictures in left.items()
+    ]
+    large = [
+        (name, say, [enlarge(picture, repeat) for picture in pictures])
+        for name, say, pictures in rows
+    ]
+    path = study.folder / "claims-pictures.png"
+    figure, _ = picture_grid(
+        [(name.replace(" (", "\n("), pictures) for name, _, pictures in large], label=1.4
+    )
+    figure.savefig(path, dpi=100)
+    strips = [
+        Strip(
+            name,
+            say,
+            tuple(
+                Tile(data_uri(picture), f"{name}, {source.image_id(index)}")
+                for picture, index in zip(pictures, shown, strict=True)
+            ),
+        )
+        for name, say, pictures in large
+    ]
+    return Gallery(
+        "claims-pictures",
+        "What masks mark, and what masks of equal area leave",
+        "The first validation pictures with one object; the models of seed 0.",
+        [strips],
+        path,
+    )
 
 
 def _with_emblems(study: Study) -> SyntheticSource:
