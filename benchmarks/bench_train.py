@@ -13,7 +13,8 @@ from its description, step by step, with what today's PyTorch forces on it:
 Ours does the same arithmetic with ``classifier_update="alternating"``, the authors' scheme, and is
 held to their weights after two steps before anything is timed. The default scheme, eq. 8 of the
 paper, does more: a masked classifier step in every iteration, where the authors do one in those
-that the live classifier judges. It is timed beside the others.
+that the live classifier judges. It is timed beside the others; so are compiled passes on a GPU, and
+on a CPU with ``--compiled`` (the compiler takes minutes for each case).
 
 F never trains the classifier, L is always judged by it. FL, L100 and L1000 draw a snapshot in half
 of their iterations and cost the same: two steps are timed, one of each kind. Copying a snapshot
@@ -34,6 +35,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import placed
 from torch import Tensor
 
 from casm_fast.models.saliency import SaliencyModel, build_model
@@ -56,10 +59,15 @@ LAMBDA_R = 10.0
 DRAWS = {"F": (False,), "L": (False,), "FL, L100, L1000": (False, True)}
 NETWORKS = [
     pytest.param("compact", 64, 64, id="compact-64x64-batch64"),
-    pytest.param("resnet18", 112, 16, id="resnet18-112x112-batch16"),
+    pytest.param("resnet18", 112, 16, id="resnet18-112x112-batch16", marks=pytest.mark.long),
     pytest.param("resnet50", 224, 8, id="resnet50-224x224-batch8", marks=pytest.mark.long),
 ]
 ROUNDS = 5
+FEW_ROUNDS = 3  # where a step takes more than
+LONG_STEP = 1.0  # seconds
+# Gradients of float32 in another order of operations: the largest distance measured is 1.6e-3 of
+# the way that a tensor went in two steps.
+TOLERANCE = 0.02
 
 
 def networks(backbone: str, size: int) -> SaliencyModel:
@@ -163,15 +171,14 @@ class Ours:
     """The engine, its draws prescribed."""
 
     def __init__(
-        self, model: SaliencyModel, strategy: str, device: torch.device, **fields: Any
+        self, model: SaliencyModel, strategy: str, device: torch.device, images: int, **fields: Any
     ) -> None:
-        name = strategy.partition(",")[0]
         config = TrainConfig(
             data="folder:none",
-            strategy=name,
+            strategy=strategy.partition(",")[0],
             lambda_r=LAMBDA_R,
             schedule="constant",
-            batch_size=2,
+            batch_size=images,
             **fields,
         )
         self.engine = Engine(model, config, classes=CLASSES, device=device)
@@ -193,22 +200,34 @@ class Ours:
 
 
 Loop = AuthorsLoop | Ours
-Maker = Callable[[SaliencyModel, str, torch.device], Loop]
 
 
-def ours(**fields: Any) -> Maker:
-    return lambda model, strategy, device: Ours(model, strategy, device, **fields)
-
-
-def field(strategy: str, device: torch.device) -> dict[str, Maker]:
-    """The competitors; ours in the authors' scheme comes first."""
-    competitors: dict[str, Maker] = {"ours": ours(classifier_update="alternating")}
+def competitors(strategy: str, device: torch.device, compiled: bool) -> dict[str, dict[str, Any]]:
+    """Names and our options; the first is ours in the authors' scheme."""
+    same = {"classifier_update": "alternating"}
+    field: dict[str, dict[str, Any]] = {"ours": same, "authors": {}}
     if strategy != "F":
-        competitors["ours, eq. 8"] = ours()
-    competitors["authors"] = AuthorsLoop
+        field["ours, eq. 8"] = {}
     if device.type == "cuda":
-        competitors["ours, bf16"] = ours(classifier_update="alternating", amp="bf16")
-    return competitors
+        field["ours, bf16"] = {**same, "amp": "bf16"}
+    if compiled:
+        field["ours, compiled"] = {**same, "compile": True}
+        if device.type == "cuda":
+            field["ours, bf16, compiled, CUDA graphs"] = {
+                **same,
+                "amp": "bf16",
+                "compile": True,
+                "cuda_graphs": True,
+            }
+    return field
+
+
+def make(
+    name: str, options: dict[str, Any], model: SaliencyModel, strategy: str, x: Tensor
+) -> Loop:
+    if name == "authors":
+        return AuthorsLoop(model, strategy, x.device)
+    return Ours(model, strategy, x.device, len(x), **options)
 
 
 def run(loop: Loop, strategy: str, data: tuple[Tensor, Tensor]) -> None:
@@ -237,7 +256,8 @@ def check(backbone: str, size: int, strategy: str, data: tuple[Tensor, Tensor]) 
     before = {**start.classifier.state_dict(), **start.decoder.state_dict()}
     before = {name: tensor.clone() for name, tensor in before.items()}
     theirs = AuthorsLoop(networks(backbone, size), strategy, device)
-    mine = ours(classifier_update="alternating")(networks(backbone, size), strategy, device)
+    same = {"classifier_update": "alternating"}
+    mine = make("ours", same, networks(backbone, size), strategy, data[0])
     for loop in (theirs, mine):
         for drawn in (*DRAWS[strategy], *DRAWS[strategy])[:2]:
             loop.step(*data, drawn)
@@ -321,13 +341,22 @@ def store_seconds(loop: Ours) -> float:
     return statistics.median(times)
 
 
-def peak_memory(name: str, backbone: str, size: int, images: int, strategy: str, on: str) -> float:
+def peak_memory(
+    name: str,
+    options: dict[str, Any],
+    backbone: str,
+    size: int,
+    images: int,
+    strategy: str,
+    on: str,
+) -> float:
     """Mebibytes at the peak of two calls, over what the networks' process had before them.
 
     The allocator of the device on CUDA; the resident set of a process of its own on the CPU.
     """
     environment = {key: value for key, value in os.environ.items() if "MALLOC" not in key}
-    task = json.dumps([name, backbone, size, images, strategy, on, torch.get_num_threads()])
+    threads = torch.get_num_threads()
+    task = json.dumps([name, options, backbone, size, images, strategy, on, threads])
     done = subprocess.run(
         [sys.executable, __file__, task], capture_output=True, text=True, env=environment
     )
@@ -338,11 +367,11 @@ def peak_memory(name: str, backbone: str, size: int, images: int, strategy: str,
 
 def measure_memory(task: str) -> None:
     """The process of `peak_memory`."""
-    name, backbone, size, images, strategy, on, threads = json.loads(task)
+    name, options, backbone, size, images, strategy, on, threads = json.loads(task)
     torch.set_num_threads(threads)
     device = torch.device(on)
     data = batch(size, images, device)
-    loop = field(strategy, device)[name](networks(backbone, size), strategy, device)
+    loop = make(name, options, networks(backbone, size), strategy, data[0])
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -372,27 +401,38 @@ def test_step(
 ) -> None:
     data = batch(size, images, device)
     distance = check(backbone, size, strategy, data)
-    assert distance < 0.05, f"{backbone} {strategy}: {distance:.3g} away from the authors' weights"
+    assert distance <= TOLERANCE, f"{backbone} {strategy}: {distance:.3g} from the authors' weights"
+    option = request.config.getoption
+    compiled = option("--compiled") or (device.type == "cuda" and not option("--short"))
+    field = competitors(strategy, device, compiled)
     loops = {
-        name: make(networks(backbone, size), strategy, device)
-        for name, make in field(strategy, device).items()
+        name: make(name, options, networks(backbone, size), strategy, data[0])
+        for name, options in field.items()
     }
     for loop in loops.values():
         run(loop, strategy, data)
+    calls = {name: partial(run, loop, strategy, data) for name, loop in loops.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
-    start, limit = time.perf_counter(), 2 * request.config.getoption("--seconds")
-    while len(times["ours"]) < ROUNDS or time.perf_counter() - start < limit:
-        for name, loop in loops.items():
-            times[name].append(seconds(loop, strategy, data))
+    limit = 2 * option("--seconds")
+    with placed(calls, device) as once:
+        rounds = ROUNDS if once["authors"] < LONG_STEP * len(DRAWS[strategy]) else FEW_ROUNDS
+        start = time.perf_counter()
+        while len(times["ours"]) < rounds or time.perf_counter() - start < limit:
+            for name, loop in loops.items():
+                times[name].append(seconds(loop, strategy, data))
     rows = {}
     for name, taken in times.items():
         p10, median, p90 = (np.percentile(taken, [10, 50, 90]) * 1e3).tolist()
+        memory = None
+        if "compiled" not in name:  # the compiler runs in that process, too
+            on = device.type
+            memory = peak_memory(name, field[name], backbone, size, images, strategy, on)
         rows[name] = {
             "median_ms": median,
             "p10_ms": p10,
             "p90_ms": p90,
             "images_per_second": images / median * 1e3,
-            "peak_mebibytes": peak_memory(name, backbone, size, images, strategy, device.type),
+            "peak_mebibytes": memory,
         }
     mine = loops["ours"]
     assert isinstance(mine, Ours)
@@ -409,7 +449,6 @@ def test_step(
             "rounds": len(times["ours"]),
             "distance": distance,
             "competitors": rows,
-            "ratio": rows["authors"]["median_ms"] / rows["ours"]["median_ms"],
             "phases": shares,
             "store_ms": store_seconds(mine) * 1e3,
         }

@@ -48,6 +48,9 @@ FEW = 2  # calls: more would measure the same loss for minutes
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=2.0, help="time for each race")
     parser.addoption("--short", action="store_true", help="only the cases marked for a quick look")
+    parser.addoption(
+        "--compiled", action="store_true", help="compiled training steps, on a CPU too"
+    )
     parser.addoption("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
     parser.addoption("--on", default="cpu", choices=["cpu", "cuda"], help="device to measure")
 
