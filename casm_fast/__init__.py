@@ -4,6 +4,7 @@
 * `load` opens a trained model: images -> (saliency, logits),
 * `extract` turns image sets into boxes and mask statistics,
 * `evaluate` scores them by the paper's conventions,
+* `perturb` finds what a classifier's score needs, by meaningful perturbation,
 * `reproduce` makes a table or figure of the paper again,
 * `ops` holds the fused operators.
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from casm_fast.experiments import reproduce
     from casm_fast.extraction import ExtractConfig, Extraction, export, extract
     from casm_fast.models import SaliencyModel, load
+    from casm_fast.perturbation import Perturbation, PerturbConfig, perturb
     from casm_fast.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ExtractConfig": "extraction",
     "Extraction": "extraction",
+    "PerturbConfig": "perturbation",
+    "Perturbation": "perturbation",
     "SaliencyModel": "models",
     "Scores": "evaluation",
     "TrainConfig": "training",
@@ -35,6 +39,7 @@ _HOMES = {
     "export": "extraction",
     "extract": "extraction",
     "load": "models",
+    "perturb": "perturbation",
     "reproduce": "experiments",
     "train": "training",
 }
@@ -42,6 +47,8 @@ _HOMES = {
 __all__ = [
     "ExtractConfig",
     "Extraction",
+    "PerturbConfig",
+    "Perturbation",
     "SaliencyModel",
     "Scores",
     "TrainConfig",
@@ -52,6 +59,7 @@ __all__ = [
     "extract",
     "load",
     "ops",
+    "perturb",
     "reproduce",
     "train",
 ]

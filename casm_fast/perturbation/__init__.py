@@ -1,0 +1,7 @@
+"""Meaningful perturbation: masks that show which part of an image a classifier's score needs."""
+
+from casm_fast.perturbation.config import LAYERS, Layer, PerturbConfig
+from casm_fast.perturbation.pipeline import perturb
+from casm_fast.perturbation.result import Curves, Perturbation
+
+__all__ = ["LAYERS", "Curves", "Layer", "PerturbConfig", "Perturbation", "perturb"]
