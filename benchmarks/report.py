@@ -259,7 +259,8 @@ def main() -> None:
             sentence = projection(steps, device)
             page += [sentence, ""] if sentence else []
             projections += [sentence] if sentence else []
-    write_projection(projections)
+    if projections:
+        write_projection(projections)
     PAGE.write_text("\n".join(page))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
