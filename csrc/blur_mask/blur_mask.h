@@ -83,7 +83,7 @@ inline std::vector<double> gaussian_taps(double sigma, int64_t radius) {
 // and 1/2 where n is 1.
 template <typename Wrapped>
 CASM_FAST_HD double blur_weight(const Wrapped& wrapped, int64_t n, int64_t i, int64_t j) {
-  const double weight = wrapped(i < j ? j - i : i - j) + wrapped(mirror(i + j, n));
+  const double weight = wrapped(i < j ? j - i : i - j) + wrapped(i + j < n ? i + j : 2 * (n - 1) - i - j);
   return is_border(j, n) ? 0.5 * weight : weight;
 }
 
