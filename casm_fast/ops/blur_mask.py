@@ -12,6 +12,7 @@ the reference image of Fong & Vedaldi (2017), eq. 2, where the perturbed image i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from casm_fast.ops import library  # noqa: F401  (loads the kernels)
 from casm_fast.ops.checks import check_like, check_number, check_tensor, shape_of
-from casm_fast.ops.registry import refuse_double_backward, specified_by
+from casm_fast.ops.registry import light, refuse_double_backward, specified_by
 
 # More taps than any image has pixels; the kernels hold them in memory.
 LARGEST_RADIUS = 2**20
@@ -84,9 +85,12 @@ def gaussian_blur(image: Tensor, sigma: float, truncate: float = 4.0) -> Tensor:
     Differentiable in `image`, once; the gradient is the transpose of the blur, which differs from
     the blur near the border. Deterministic.
     """
-    check_tensor("gaussian_blur", "image", image, "[B, C, H, W]")
     sigma, truncate = _check_sigma("gaussian_blur", sigma, truncate)
-    blurred: Tensor = torch.ops.casm_fast.gaussian_blur(image, sigma, truncate)
+    try:
+        blurred: Tensor = _blur(image, sigma, truncate)
+    except RuntimeError:
+        _check_image("gaussian_blur", image)
+        raise
     return blurred
 
 
@@ -114,7 +118,25 @@ def blur_mask(image: Tensor, mask: Tensor, sigma: float, truncate: float = 4.0) 
 
     Differentiable in `image` and `mask`, once. Deterministic.
     """
-    check_tensor("blur_mask", "image", image, "[B, C, H, W]")
+    sigma, truncate = _check_sigma("blur_mask", sigma, truncate)
+    output: Tensor
+    try:
+        if mask.requires_grad and torch.is_grad_enabled():
+            output, _ = _blend_and_blur(image, mask, sigma, truncate)
+        else:
+            output = _blend(image, mask, sigma, truncate)
+    except (RuntimeError, AttributeError):
+        _check_blend(image, mask)
+        raise
+    return output
+
+
+def _check_image(op: str, image: object) -> None:
+    check_tensor(op, "image", image, "[B, C, H, W]")
+
+
+def _check_blend(image: Tensor, mask: Tensor) -> None:
+    _check_image("blur_mask", image)
     check_tensor("blur_mask", "mask", mask, "[B, 1, H, W]", channels=1)
     check_like("blur_mask", "mask", mask, "image", image)
     B, _, H, W = image.shape
@@ -123,95 +145,110 @@ def blur_mask(image: Tensor, mask: Tensor, sigma: float, truncate: float = 4.0) 
             f"blur_mask: expected `mask` of shape {[B, 1, H, W]} for an image {shape_of(image)}, "
             f"got {shape_of(mask)}"
         )
-    sigma, truncate = _check_sigma("blur_mask", sigma, truncate)
-    output: Tensor
-    if torch.is_grad_enabled() and mask.requires_grad:
-        output, _ = torch.ops.casm_fast.blur_mask_and_blur(image, mask, sigma, truncate)
-    else:
-        output = torch.ops.casm_fast.blur_mask(image, mask, sigma, truncate)
-    return output
+
+
+# ---------------------------------------------------------------- fakes
 
 
 def _fake_like(image: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(image, memory_format=torch.contiguous_format)
 
 
-def _fake_two_like(image: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _fake_like(image), _fake_like(image)
+def _fake_blur(image: Tensor, sigma: float, truncate: float) -> Tensor:
+    _check_image("gaussian_blur", image)
+    return _fake_like(image)
 
 
-def _fake_mask(grad_output: Tensor, image: Tensor, blurred: Tensor) -> Tensor:
+def _fake_blend(image: Tensor, mask: Tensor, sigma: float, truncate: float) -> Tensor:
+    _check_blend(image, mask)
+    return _fake_like(image)
+
+
+def _fake_blend_and_blur(
+    image: Tensor, mask: Tensor, sigma: float, truncate: float
+) -> tuple[Tensor, Tensor]:
+    return _fake_blend(image, mask, sigma, truncate), _fake_like(image)
+
+
+def _fake_mask_gradient(grad_output: Tensor, image: Tensor, blurred: Tensor) -> Tensor:
     B, _, H, W = image.shape
     return image.new_empty(B, 1, H, W)
 
 
-def _register_blur(namespace: str) -> None:
-    ops = getattr(torch.ops, namespace)
-
-    def setup(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
-        _, ctx.sigma, ctx.truncate = inputs
-
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return ops.gaussian_blur_backward(grad_output, ctx.sigma, ctx.truncate), None, None
-
-    torch.library.register_autograd(f"{namespace}::gaussian_blur", backward, setup_context=setup)
+# ---------------------------------------------------------------- gradients
 
 
-def _register_blend(namespace: str) -> None:
-    ops = getattr(torch.ops, namespace)
+def _blur_setup(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+    _, ctx.sigma, ctx.truncate = inputs
 
-    def grads(
-        ctx: Any, grad_output: Tensor, image: Tensor, mask: Tensor, blurred: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_image = grad_mask = None
-        if ctx.needs_input_grad[0]:
-            grad_image = ops.blur_mask_backward_image(grad_output, mask, ctx.sigma, ctx.truncate)
-        if ctx.needs_input_grad[1]:
-            if blurred is None:
-                blurred = ops.gaussian_blur(image, ctx.sigma, ctx.truncate)
-            grad_mask = ops.blur_mask_backward_mask(grad_output, image, blurred)
-        return grad_image, grad_mask, None, None
 
-    def setup(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
-        image, mask, ctx.sigma, ctx.truncate = inputs
-        ctx.save_for_backward(image, mask)
+def _blur_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    return _blur_gradient(grad_output, ctx.sigma, ctx.truncate), None, None
 
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        image, mask = ctx.saved_tensors
-        return grads(ctx, grad_output, image, mask, None)
 
-    def setup_saving(
-        ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: tuple[Tensor, Tensor]
-    ) -> None:
-        image, mask, ctx.sigma, ctx.truncate = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(image, mask, output[1])
+def _blend_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
+    image, mask, ctx.sigma, ctx.truncate = inputs
+    ctx.save_for_backward(image, mask)
 
-    def backward_saving(
-        ctx: Any, grad_output: Tensor, grad_blurred: object
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        image, mask, blurred = ctx.saved_tensors
-        return grads(ctx, grad_output, image, mask, blurred)
 
-    torch.library.register_autograd(f"{namespace}::blur_mask", backward, setup_context=setup)
-    torch.library.register_autograd(
-        f"{namespace}::blur_mask_and_blur", backward_saving, setup_context=setup_saving
+def _blend_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    image, mask = ctx.saved_tensors
+    blurred = _blur(image, ctx.sigma, ctx.truncate) if ctx.needs_input_grad[1] else None
+    return _blend_gradients(ctx, grad_output, image, mask, blurred)
+
+
+def _blend_and_blur_setup(
+    ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: tuple[Tensor, Tensor]
+) -> None:
+    image, mask, ctx.sigma, ctx.truncate = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(image, mask, output[1])
+
+
+def _blend_and_blur_backward(
+    ctx: Any, grad_output: Tensor, grad_blurred: object
+) -> tuple[Tensor | None, ...]:
+    return _blend_gradients(ctx, grad_output, *ctx.saved_tensors)
+
+
+def _blend_gradients(
+    ctx: Any, grad_output: Tensor, image: Tensor, mask: Tensor, blurred: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    for_image, for_mask = ctx.needs_input_grad[:2]
+    return (
+        _image_gradient(grad_output, mask, ctx.sigma, ctx.truncate) if for_image else None,
+        _mask_gradient(grad_output, image, blurred) if for_mask else None,
+        *(None, None),
     )
+
+
+_blur = light("gaussian_blur", _blur_setup, _blur_backward)
+_blur_gradient = light("gaussian_blur_backward")
+_blend = light("blur_mask", _blend_setup, _blend_backward)
+_blend_and_blur = light("blur_mask_and_blur", _blend_and_blur_setup, _blend_and_blur_backward)
+_image_gradient = light("blur_mask_backward_image")
+_mask_gradient = light("blur_mask_backward_mask")
 
 
 def register(namespace: str) -> None:
     """Gives the operators in `namespace` their fakes and gradients."""
-    for name in (
-        "gaussian_blur",
-        "gaussian_blur_backward",
-        "blur_mask",
-        "blur_mask_backward_image",
-    ):
-        torch.library.register_fake(f"{namespace}::{name}", _fake_like)
-    torch.library.register_fake(f"{namespace}::blur_mask_and_blur", _fake_two_like)
-    torch.library.register_fake(f"{namespace}::blur_mask_backward_mask", _fake_mask)
-    _register_blur(namespace)
-    _register_blend(namespace)
+    fakes: dict[str, Callable[..., Any]] = {
+        "gaussian_blur": _fake_blur,
+        "gaussian_blur_backward": _fake_like,
+        "blur_mask": _fake_blend,
+        "blur_mask_and_blur": _fake_blend_and_blur,
+        "blur_mask_backward_image": _fake_like,
+        "blur_mask_backward_mask": _fake_mask_gradient,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    gradients: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "gaussian_blur": (_blur_backward, _blur_setup),
+        "blur_mask": (_blend_backward, _blend_setup),
+        "blur_mask_and_blur": (_blend_and_blur_backward, _blend_and_blur_setup),
+    }
+    for name, (backward, setup) in gradients.items():
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
     for name in ("gaussian_blur_backward", "blur_mask_backward_image", "blur_mask_backward_mask"):
         refuse_double_backward(f"{namespace}::{name}")
 

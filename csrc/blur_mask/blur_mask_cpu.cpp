@@ -29,6 +29,7 @@
 
 #include "blur_mask/blur_mask.h"
 #include "common/dispatch.h"
+#include "common/tensors.h"
 
 namespace casm_fast {
 namespace {
@@ -340,20 +341,19 @@ struct Passes {
         *entry = x < W ? T(blur_weight([&](int64_t d) { return wrapped[d]; }, W, x, k)) : T(0);
   }
 
-  // Bytes that this takes, and about how many nanoseconds a plane takes: an eighth for each multiplication of a pixel,
-  // and four for turning it.
   int64_t bytes() const {
-    const size_t numbers = down.weights.size() + (own_across ? own_across->weights.size() : 0) + W * kStrip<T>;
-    return int64_t(numbers * sizeof(T));
+    const size_t across = narrow() ? W * kStrip<T> : own_across ? own_across->weights.size() : 0;
+    return int64_t((down.weights.size() + across) * sizeof(T));
   }
+
+  // About what a plane takes: a multiplication of a pixel 1/64, and turning it as much as 32 of them.
   int64_t nanoseconds() const {
     const int64_t multiplications = narrow() ? down.depth + W : down.depth + across().depth + 32;
     return H * W * multiplications * int64_t(sizeof(T)) / 256 + 1;
   }
 
   // What one task needs. A narrow plane: a strip with margins, a strip of results, which blocks may overhang by kFold
-  // rows on either side, and a tile. Others: staged rows, a strip with margins and a strip of results. And
-  // `columns`.
+  // rows on either side, and a tile. Others: staged rows, a strip with margins, a strip of results, and `columns`.
   int64_t task_size() const {
     return narrow() ? (down.input_rows() + result_rows(down) + kRows) * kStrip<T>
                     : (kLanes<T> * strips + input_rows() + result_rows(across())) * kStrip<T>;
@@ -682,12 +682,10 @@ struct Shape {
   explicit Shape(const Tensor& t) : B(t.size(0)), C(t.size(1)), H(t.size(2)), W(t.size(3)), planes(B * C) {}
 };
 
-Tensor new_image(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
-
 Tensor gaussian_blur(const Tensor& image, double sigma, double truncate) {
   check_blur_image(image);
   const Shape s(image);
-  Tensor output = new_image(image);
+  Tensor output = empty_tensor(image, image.sizes());
   for_cpu_dtype(image, [&]<typename scalar_t>() {
     const Planes<scalar_t> images(image, s.C);
     scalar_t* out = output.mutable_data_ptr<scalar_t>();
@@ -711,7 +709,7 @@ void blend_with_blur(const Tensor& image, const Tensor& mask, double sigma, doub
 
 Tensor blur_mask(const Tensor& image, const Tensor& mask, double sigma, double truncate) {
   check_blur_mask(image, mask);
-  Tensor output = new_image(image);
+  Tensor output = empty_tensor(image, image.sizes());
   for_cpu_dtype(image, [&]<typename scalar_t>() {
     blend_with_blur<scalar_t>(image, mask, sigma, truncate, output.mutable_data_ptr<scalar_t>(), nullptr);
   });
@@ -720,7 +718,7 @@ Tensor blur_mask(const Tensor& image, const Tensor& mask, double sigma, double t
 
 std::tuple<Tensor, Tensor> blur_mask_and_blur(const Tensor& image, const Tensor& mask, double sigma, double truncate) {
   check_blur_mask(image, mask);
-  Tensor output = new_image(image), blurred = new_image(image);
+  Tensor output = empty_tensor(image, image.sizes()), blurred = empty_tensor(image, image.sizes());
   for_cpu_dtype(image, [&]<typename scalar_t>() {
     blend_with_blur<scalar_t>(image, mask, sigma, truncate, output.mutable_data_ptr<scalar_t>(),
                               blurred.mutable_data_ptr<scalar_t>());
@@ -733,7 +731,7 @@ template <bool kMasked>
 Tensor gradient_of_image(const Tensor& grad_output, const Tensor& mask, double sigma, double truncate) {
   const Shape s(grad_output);
   const bool identity = blur_radius(sigma, truncate) == 0;
-  Tensor grad_image = new_image(grad_output);
+  Tensor grad_image = empty_tensor(grad_output, grad_output.sizes());
   for_cpu_dtype(grad_output, [&]<typename scalar_t>() {
     const Planes<scalar_t> grads(grad_output, s.C), masks(mask, s.C);
     scalar_t* out = grad_image.mutable_data_ptr<scalar_t>();
@@ -759,7 +757,7 @@ Tensor blur_mask_backward_mask(const Tensor& grad_output, const Tensor& image, c
   check_blur_like(image, grad_output);
   check_blur_like(image, blurred);
   const Shape s(image);
-  Tensor grad_mask = torch::stable::new_empty(image, {s.B, 1, s.H, s.W});
+  Tensor grad_mask = empty_tensor(image, {s.B, 1, s.H, s.W});
   for_cpu_dtype(image, [&]<typename scalar_t>() {
     const Planes<scalar_t> grads(grad_output, s.C), images(image, s.C), blurs(blurred, s.C);
     scalar_t* out = grad_mask.mutable_data_ptr<scalar_t>();
