@@ -1,7 +1,21 @@
 """Meaningful perturbation: masks that show which part of an image a classifier's score needs."""
 
 from casm_fast.perturbation.config import LAYERS, Layer, PerturbConfig
+from casm_fast.perturbation.deletion import DeletionCurve, deletion_curve
+from casm_fast.perturbation.figure import grid, overlay, panels
 from casm_fast.perturbation.pipeline import perturb
 from casm_fast.perturbation.result import Curves, Perturbation
 
-__all__ = ["LAYERS", "Curves", "Layer", "PerturbConfig", "Perturbation", "perturb"]
+__all__ = [
+    "LAYERS",
+    "Curves",
+    "DeletionCurve",
+    "Layer",
+    "PerturbConfig",
+    "Perturbation",
+    "deletion_curve",
+    "grid",
+    "overlay",
+    "panels",
+    "perturb",
+]

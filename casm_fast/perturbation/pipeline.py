@@ -71,7 +71,7 @@ def perturb(
     if isinstance(classifier, SaliencyModel):
         classifier = classifier.classifier
     with torch.inference_mode(False), torch.no_grad():
-        batch = _checked(classifier, images)
+        batch = as_images(classifier, images)
         with borrowed(classifier, config) as judge:
             return _Solver(judge, batch, targets).solve()
 
@@ -86,7 +86,7 @@ class _Solver:
         self.shifts = shifts(self.config).to(images.device)
         logits = judge.logits(pictures(images[:1], self.config), None, self.still)
         self.classes = logits.shape[1]
-        self.targets = _targets(targets, len(images), self.classes, self.config)
+        self.targets = as_targets(targets, len(images), self.classes, self.config)
         self.mask_size = self._mask_size()
 
     def solve(self) -> Perturbation:
@@ -244,7 +244,7 @@ def _out_of_memory(error: Exception) -> bool:
 # ---------------------------------------------------------------- checks
 
 
-def _checked(classifier: Any, images: Any) -> Tensor:
+def as_images(classifier: Any, images: Any) -> Tensor:
     """The images as ``[B, C, H, W]``, float32 or float64, apart from the caller's graph."""
     if isinstance(images, (list, tuple)) and images and all(_is_tensor(one) for one in images):
         sizes = sorted({tuple(one.shape) for one in images})
@@ -289,7 +289,7 @@ def _check_device(classifier: Any, images: Tensor) -> None:
                 )
 
 
-def _targets(targets: Any, count: int, classes: int, config: PerturbConfig) -> Tensor | None:
+def as_targets(targets: Any, count: int, classes: int, config: PerturbConfig) -> Tensor | None:
     """``[B, n]`` int64 on the host, filled up with -1; None for the best classes of each."""
     if targets is None:
         if config.top_k > classes:
