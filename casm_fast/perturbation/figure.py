@@ -90,7 +90,7 @@ def grid(
             )
     if titles and len(titles) != len(images):
         raise ValueError(f"titles: expected {len(images)}, one per image, got {len(titles)}")
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "image": _visible(images, mean, std),
         "saliency": overlay(images, made.saliency, mean, std),
     }
