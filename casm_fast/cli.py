@@ -305,7 +305,7 @@ class Reproduce(Verb):
     device: str = "auto"
     """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
 
-    amp: Literal["off", "bf16"] = "off"
+    amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision of the trainings."""
 
     workers: int = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -134,6 +135,28 @@ def test_a_kill_in_the_middle_changes_nothing(table2: Reproduction, tmp_path: Pa
     done = {path.parent.name for path in (tmp_path / "runs").glob("*/finished.json")}
     assert len(done) == 4  # the classifier and the rows a, b, c
     assert str(smoke("table2", tmp_path)) == str(table2)
+
+
+def test_processes_share_the_trainings_and_rank_0_does_the_rest(tmp_path: Path) -> None:
+    """Two processes of torchrun leave what one reads as finished."""
+    script = tmp_path / "recipe.py"
+    script.write_text(
+        "import torch; torch.set_num_threads(1)\n"
+        "from casm_fast.experiments import SMOKE, reproduce\n"
+        f"reproduce('figure2', scale=SMOKE, output={str(tmp_path)!r}, workers=0, device='cpu')"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = {**os.environ, "PYTHONPATH": str(Path(casm_fast.__file__).parents[1])}
+    done = subprocess.run(
+        [*launch, str(script)], capture_output=True, text=True, timeout=300, env=here
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figure2" / "figure2.png").exists()
+    assert len(list((tmp_path / "runs").glob("*/finished.json"))) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "train", refuse)
+        patch.setattr(study, "extract", refuse)
+        smoke("figure2", tmp_path)
 
 
 def test_other_settings_are_refused(table2: Reproduction) -> None:

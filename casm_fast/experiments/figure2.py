@@ -8,19 +8,14 @@ The paper draws its groups at random; so do we, from a fixed seed.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from casm_fast.data import predictions
 from casm_fast.data.predictions import Description
-from casm_fast.experiments.findings import Column, Findings, Gallery, Row, Table
+from casm_fast.experiments.findings import Column, Findings, Gallery, Line, Row, Table
 from casm_fast.experiments.study import Experiment, Run, Study
 from casm_fast.experiments.table1 import BASELINE, CASM
-from casm_fast.report.figure import picture_grid
-from casm_fast.report.page import Strip, Tile, choose_group
-from casm_fast.report.pictures import Pictures, data_uri, draw
+from casm_fast.report.page import choose_group
+from casm_fast.report.pictures import Pictures, draw
 
 COLUMNS = 7
 GROUPS = {"full": 4, "quick": 2, "smoke": 1}
@@ -65,12 +60,6 @@ def run(study: Study) -> Findings:
         for index in indices:
             ours = {name: records[name][index]["mean_saliency"] for name in models}
             rows.append(Row(str(records["CASM"][index]["image_id"]), ours))
-    picture = study.folder / "figure2.png"
-    lines = [_lines(group) for group in drawn]
-    figure, _ = picture_grid(
-        [(f"{line.name}\n{line.form}".strip(), line.pictures) for group in lines for line in group]
-    )
-    figure.savefig(picture, dpi=150)
     ids = [[str(records["CASM"][index]["image_id"]) for index in indices] for indices in groups]
     casm, baseline = (_mean(rows, name) for name in models)
     return Findings(
@@ -91,11 +80,8 @@ def run(study: Study) -> Findings:
                 "What the maps mark",
                 "Where a map holds everything that makes the object recognisable, the inpainted "
                 "picture shows only background.",
-                [
-                    [_strip(line, names) for line in group]
-                    for group, names in zip(lines, ids, strict=True)
-                ],
-                picture,
+                [_lines(group) for group in drawn],
+                ids,
             )
         ],
         notes=[
@@ -111,34 +97,15 @@ def _pictures(
     return draw(trained.model(), study.validation, indices, description.convention)
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A row of a group: whose it is, its form, and its pictures."""
-
-    name: str
-    form: str
-    say: str
-    pictures: list[NDArray[np.uint8]]
-
-
-def _lines(group: dict[str, list[Pictures]]) -> list[_Line]:
+def _lines(group: dict[str, list[Pictures]]) -> list[Line]:
     """The rows of a group, from top to bottom."""
     first = next(iter(group.values()))
-    lines = [_Line("Original", "", "what the network sees", [p.original for p in first])]
+    lines = [Line("Original", "", "what the network sees", [p.original for p in first])]
     for name, pictures in group.items():
         for form, (label, say) in FORMS.items():
             made = [getattr(p, form) for p in pictures]
-            lines.append(_Line(name, label, f"{label}: {say}", made))
+            lines.append(Line(name, label, say, made))
     return lines
-
-
-def _strip(line: _Line, ids: list[str]) -> Strip:
-    """A row for the page."""
-    tiles = [
-        Tile(data_uri(picture), f"{line.name} {line.form} of {name}")
-        for picture, name in zip(line.pictures, ids, strict=True)
-    ]
-    return Strip(line.name, line.say, tuple(tiles))
 
 
 def _mean(rows: list[Row], name: str) -> float:

@@ -14,10 +14,11 @@ than ImageNet nobody has weights for it: all of them are trained here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from casm_fast.data.transforms import normalize
 from casm_fast.experiments.figure2 import need_opencv
 from casm_fast.experiments.findings import Chart, Column, Findings, Row, Table
 from casm_fast.experiments.inpainting import Inpainter
-from casm_fast.experiments.study import Experiment, Run, Study
+from casm_fast.experiments.study import QUICK, Experiment, Run, Study
 from casm_fast.experiments.table1 import BASELINE, CASM
 from casm_fast.models import build_encoder
 from casm_fast.models.placement import choose_device
@@ -69,6 +70,12 @@ TRAINED_TYPES = {
 }
 """Other networks than the data set's own that are trained where there are no weights, by scale."""
 
+SHORTER: dict[str, dict[str, Any]] = {
+    "resnet18": {"pretrain_epochs": 1},
+    "": {"pretrain_epochs": 4},
+}
+"""The quick form's epochs on the embedded set: of that network, and of the seeded ones."""
+
 MASKS = ("CASM", "Baseline", "random")
 FORMS = {
     "in": "masked-in",
@@ -92,21 +99,25 @@ class Classifier:
     Attributes:
         name: Unique.
         weights: Where its weights are from.
-        network: ``[B, 3, S, S]`` -> logits, in eval mode, on the device.
+        load: Gives the network, ``[B, 3, S, S]`` -> logits, in eval mode, on its device.
         seeded: Whether it is one of the ResNets trained with different seeds.
     """
 
     name: str
     weights: str
-    network: nn.Module
+    load: Callable[[], nn.Module]
     seeded: bool
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network, loaded when it is asked first."""
+        return self.load()
 
 
 def run(study: Study) -> Findings:
     """Ask every classifier about every image in every form."""
     need_opencv("figure3")
     runs = {"CASM": study.train(strategy=CASM), "Baseline": study.train(strategy=BASELINE)}
-    models = {name: trained.model() for name, trained in runs.items()}
     asked = classifiers(study)
     hits = {one.name: dict.fromkeys(CONDITIONS, 0) for one in asked}
     images = 0
@@ -115,7 +126,7 @@ def run(study: Study) -> Findings:
         study.progress(f"images {start:,} to {stop:,} of {study.limit:,}")
         found = study.cell(
             f"images-{start:06d}",
-            lambda start=start, stop=stop: count(study, models, asked, start, stop),  # type: ignore[misc]
+            partial(count, study, runs, asked, start, stop),
             masks=[trained.folder.name for trained in runs.values()],
             classifiers=[[one.name, one.weights] for one in asked],
             stop=stop,
@@ -136,7 +147,7 @@ def run(study: Study) -> Findings:
         note="Shares of correctly classified images, in percent. The paper shows its values as "
         "dots, without numbers.",
     )
-    lift = {name: 100 * (mean[f"{name}_inpainted"] - mean[f"{name}_out"]) for name in models}
+    lift = {name: 100 * (mean[f"{name}_inpainted"] - mean[f"{name}_out"]) for name in runs}
     return Findings(
         f"Inpainting what the mask removed changes the mean accuracy of {len(asked)} classifiers "
         f"by {lift['Baseline']:+.1f} points for Baseline and by {lift['CASM']:+.1f} for CASM; on "
@@ -172,35 +183,48 @@ def run(study: Study) -> Findings:
 
 def classifiers(study: Study) -> list[Classifier]:
     """Every network that is asked, the seeded ResNets last."""
-    device = choose_device(study.device)
     found = []
     if _has_weights(study):
+        device = choose_device(study.device)
         for name in TORCHVISION:
-            study.progress(f"loading {name}")
-            backbone = build_encoder(name, weights="imagenet").backbone
-            found.append(Classifier(name, "imagenet", backbone.to(device).eval(), seeded=False))
+            load = partial(_of_torchvision, name, device)
+            found.append(Classifier(name, "imagenet", load, seeded=False))
     else:
         for name in TRAINED_TYPES[study.scale.name]:
-            found.append(_trained(name, study.classifier(backbone=name), seeded=False))
-    for seed in range(1, 1 + study.repeats(full=20, quick=4, smoke=2)):
-        trained = study.classifier(seed=seed)
-        found.append(_trained(f"{trained.config.backbone}, seed {seed}", trained, seeded=True))
+            study.progress(f"classifier {name}")
+            trained = study.classifier(backbone=name, **_shorter(study, name))
+            load = partial(_of_run, trained)
+            found.append(Classifier(name, trained.folder.name, load, seeded=False))
+    for seed in range(1, 1 + study.repeats(full=20, quick=3, smoke=2)):
+        study.progress(f"classifier with seed {seed}")
+        trained = study.classifier(seed=seed, **_shorter(study, ""))
+        name = f"{trained.config.backbone}, seed {seed}"
+        load = partial(_of_run, trained)
+        found.append(Classifier(name, trained.folder.name, load, seeded=True))
     return found
 
 
-def _trained(name: str, trained: Run, *, seeded: bool) -> Classifier:
-    network = trained.model().classifier.backbone
-    return Classifier(name, trained.folder.name, network, seeded)
+def _of_torchvision(name: str, device: torch.device) -> nn.Module:
+    return build_encoder(name, weights="imagenet").backbone.to(device).eval()
+
+
+def _of_run(trained: Run) -> nn.Module:
+    return trained.model().classifier.backbone
+
+
+def _shorter(study: Study, name: str) -> dict[str, Any]:
+    return SHORTER[name] if study.embedded and study.scale == QUICK else {}
 
 
 def count(
     study: Study,
-    models: dict[str, SaliencyModel],
+    runs: dict[str, Run],
     asked: Sequence[Classifier],
     start: int,
     stop: int,
 ) -> dict[str, object]:
     """Correct answers of every classifier to the images from start to stop, by condition."""
+    models = {name: trained.model() for name, trained in runs.items()}
     size = models["CASM"].input_size
     device = next(models["CASM"].parameters()).device
     totals = torch.zeros(len(asked), len(CONDITIONS), dtype=torch.int64, device=device)

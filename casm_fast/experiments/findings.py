@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from casm_fast.report.charts import Draw
-from casm_fast.report.page import Strip
+from casm_fast.report.figure import picture_grid
+from casm_fast.report.page import Strip, Tile
+from casm_fast.report.pictures import data_uri
 
 PAPER = (
     "Zolna, Geras and Cho, Classifier-agnostic saliency map extraction, "
@@ -173,6 +178,23 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One row of pictures.
+
+    Attributes:
+        name: Whose it is.
+        form: What is done to the images; may be empty.
+        say: What it shows.
+        pictures: ``[D, D, 3]`` uint8 each.
+    """
+
+    name: str
+    form: str
+    say: str
+    pictures: Sequence[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Rows of pictures; it becomes ``<name>.png``, and a part of the page.
 
@@ -180,15 +202,41 @@ class Gallery:
         name: Stem of its file.
         title: What it shows.
         caption: How to read it.
-        groups: Each a list of rows.
-        picture: The file, already drawn.
+        groups: Rows that belong together.
+        ids: Of the images of each group.
     """
 
     name: str
     title: str
     caption: str
-    groups: Sequence[Sequence[Strip]]
-    picture: Path
+    groups: Sequence[Sequence[Line]]
+    ids: Sequence[Sequence[str]]
+
+    def strips(self) -> list[list[Strip]]:
+        """The rows for the page."""
+        return [
+            [
+                Strip(
+                    line.name,
+                    f"{line.form}: {line.say}" if line.form else line.say,
+                    tuple(
+                        Tile(data_uri(picture), f"{line.name} {line.form} of {image}")
+                        for picture, image in zip(line.pictures, ids, strict=True)
+                    ),
+                )
+                for line in group
+            ]
+            for group, ids in zip(self.groups, self.ids, strict=True)
+        ]
+
+    def draw(self, path: Path) -> None:
+        """The rows as one picture file."""
+        rows = [
+            (f"{line.name}\n{line.form}".strip(), line.pictures)
+            for group in self.groups
+            for line in group
+        ]
+        picture_grid(rows)[0].savefig(path, dpi=150)
 
 
 @dataclass(frozen=True)

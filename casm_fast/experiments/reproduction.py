@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import platform
 import time
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ from casm_fast.models.placement import choose_device
 from casm_fast.report import charts
 from casm_fast.report.page import commit
 from casm_fast.report.rendering import write
+from casm_fast.training.distributed import leads
 
-logger = logging.getLogger(__name__)
+PAGE = "index.html"
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
@@ -112,17 +112,21 @@ def reproduce(
         Path(output),
         data=data,
         scale=scale,
-        embedded=experiment.embedded,
+        embedded=",".join(
+            filter(None, (experiment.embedded, experiment.quick if scale is QUICK else ""))
+        ),
         seeds=seeds,
         device=device,
         workers=workers,
         settings=settings,
     )
     if study.notice:
-        logger.info("%s: %s", name, study.notice)
+        study.progress(study.notice)
     started = time.perf_counter()
     findings = experiment.run(study)
-    page = _write(study, experiment, findings, time.perf_counter() - started)
+    if leads():
+        _write(study, experiment, findings, time.perf_counter() - started)
+    page = study.folder / PAGE
     return Reproduction(name, study.folder, page, study.notice, findings)
 
 
@@ -145,7 +149,7 @@ def listing() -> str:
     return "\n".join(f"  {name:<{width}}  {e.summary}" for name, e in EXPERIMENTS.items())
 
 
-def _write(study: Study, experiment: Experiment, findings: Findings, seconds: float) -> Path:
+def _write(study: Study, experiment: Experiment, findings: Findings, seconds: float) -> None:
     """results.json, CSV files, PNG files and the page."""
     device = choose_device(study.device)
     provenance = {
@@ -175,10 +179,12 @@ def _write(study: Study, experiment: Experiment, findings: Findings, seconds: fl
     )
     for table in findings.tables:
         table.write_csv(study.folder / f"{table.name}.csv")
+    for gallery in findings.galleries:
+        gallery.draw(study.folder / f"{gallery.name}.png")
     for chart in findings.charts:
         charts.picture(chart.draw, study.folder / f"{chart.name}.png", chart.size)
     today = f"{datetime.now():%d %B %Y}".lstrip("0")
-    return write(
+    write(
         "experiments/page.html.jinja",
         {
             "title": f"casm-fast reproduce {experiment.name}",
@@ -196,12 +202,15 @@ def _write(study: Study, experiment: Experiment, findings: Findings, seconds: fl
                 }
                 for chart in findings.charts
             ],
-            "galleries": findings.galleries,
+            "galleries": [
+                {"title": g.title, "caption": g.caption, "groups": g.strips()}
+                for g in findings.galleries
+            ],
             "size": 1,
             "notes": findings.notes,
             "provenance": [(k.capitalize(), text) for k, text in provenance.items() if text],
             "version": casm_fast.__version__,
             "footer": "Written by casm-fast. Everything on this page is inside this file.",
         },
-        study.folder / "index.html",
+        study.folder / PAGE,
     )

@@ -13,6 +13,9 @@ A digest names everything that a result depends on, so that two recipes (or two 
 same training share it, and nothing stale is ever taken for new. A call that was stopped, in
 whatever way, goes on where it stopped: finished parts are read, and an unfinished training resumes
 from its last saved state.
+
+Started by torchrun, all processes run the recipe and share every training; everything else is done
+by rank 0 alone, and the others read what it wrote.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +42,7 @@ from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.training import TrainConfig, train
 from casm_fast.training.config import FREE_FIELDS
+from casm_fast.training.distributed import leads
 from casm_fast.training.state import compare
 
 logger = logging.getLogger(__name__)
@@ -49,6 +54,7 @@ FROM_SCRATCH = {"pretrain_epochs": 90, "pretrain_lr": 0.1, "batch_size": 256}
 """How torchvision's model zoo trained ResNet-50 on ImageNet; our rate falls along a cosine."""
 
 _DIGITS = 10
+_POLL = 0.2  # seconds between two looks for what rank 0 writes
 # Fields of a configuration that change no result; `epochs` is free only for a resumed run.
 _IRRELEVANT = FREE_FIELDS - {"epochs"}
 
@@ -81,8 +87,13 @@ FULL = Scale("full")
 
 QUICK = Scale(
     "quick",
-    embedded="images=2000",
-    training={"pretrain_epochs": 8, "epochs": 2, "schedule_epochs": 2},
+    training={
+        "batch_size": 32,
+        "pretrain_epochs": 6,
+        "epochs": 3,
+        "epoch_fraction": 0.3,
+        "schedule_epochs": 2,
+    },
     elsewhere={"epochs": 2, "epoch_fraction": 0.02, "schedule_epochs": 2},
     scratch={"pretrain_epochs": 2},
     images=1000,
@@ -274,10 +285,14 @@ class Study:
         """
         path = self.folder / "cells" / f"{name}.json"
         wanted = _plain(depends)
-        if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["depends"] == wanted:
-                return saved["value"]
+        while True:
+            if path.is_file():
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                if saved["depends"] == wanted:
+                    return saved["value"]
+            if leads():
+                break
+            time.sleep(_POLL)
         value = _plain(compute())
         write_json(path, {"depends": wanted, "value": value})
         return value
@@ -351,7 +366,10 @@ class Study:
         images = source or self.validation
         limit = len(images) if source is not None else self.limit
         path = run.folder / f"boxes-{_digest([images.name, limit, options])}.parquet"
-        if not path.is_file():
+        while not path.is_file():
+            if not leads():
+                time.sleep(_POLL)
+                continue
             extract(
                 run.checkpoint,
                 images,
@@ -394,6 +412,9 @@ class Study:
         if done.is_file():
             return run
         folder.mkdir(parents=True, exist_ok=True)
+        if not leads():
+            train(config, output=folder, resume=True, sources=(training, None))
+            return run
         with _alone(folder):
             if not done.is_file():
                 logger.info("training %s", folder.name)
@@ -403,6 +424,8 @@ class Study:
 
     def _claim(self) -> None:
         """Make the folder, or see that it was made with the same settings."""
+        if not leads():
+            return
         settings = _plain(
             {
                 "experiment": self.name,
@@ -431,12 +454,14 @@ class Experiment:
         summary: What it shows, in one line.
         run: The recipe.
         embedded: Options of the embedded set that it needs, such as ``"classes=20"``.
+        quick: Further ones for its quick form, such as ``"images=2500"``.
     """
 
     name: str
     summary: str
     run: Callable[[Study], Findings]
     embedded: str = ""
+    quick: str = ""
 
 
 def _plain(value: Any) -> Any:
