@@ -63,18 +63,15 @@ TORCHVISION = (
 )
 """The paper's list (footnote 4)."""
 
-TRAINED_TYPES = {
+TRAINED_TYPES: dict[str, tuple[str, ...]] = {
     "full": ("resnet18", "vgg11_bn", "densenet121"),
-    "quick": ("resnet18",),
+    "quick": (),
     "smoke": ("resnet18",),
 }
 """Other networks than the data set's own that are trained where there are no weights, by scale."""
 
-SHORTER: dict[str, dict[str, Any]] = {
-    "resnet18": {"pretrain_epochs": 1},
-    "": {"pretrain_epochs": 4},
-}
-"""The quick form's epochs on the embedded set: of that network, and of the seeded ones."""
+QUICK_EPOCHS = 4
+"""Of the seeded ResNets in the quick form on the embedded set."""
 
 MASKS = ("CASM", "Baseline", "random")
 FORMS = {
@@ -192,12 +189,15 @@ def classifiers(study: Study) -> list[Classifier]:
     else:
         for name in TRAINED_TYPES[study.scale.name]:
             study.progress(f"classifier {name}")
-            trained = study.classifier(backbone=name, **_shorter(study, name))
+            trained = study.classifier(backbone=name)
             load = partial(_of_run, trained)
             found.append(Classifier(name, trained.folder.name, load, seeded=False))
+    shorter: dict[str, Any] = {}
+    if study.embedded and study.scale == QUICK:
+        shorter = {"pretrain_epochs": QUICK_EPOCHS}
     for seed in range(1, 1 + study.repeats(full=20, quick=3, smoke=2)):
         study.progress(f"classifier with seed {seed}")
-        trained = study.classifier(seed=seed, **_shorter(study, ""))
+        trained = study.classifier(seed=seed, **shorter)
         name = f"{trained.config.backbone}, seed {seed}"
         load = partial(_of_run, trained)
         found.append(Classifier(name, trained.folder.name, load, seeded=True))
@@ -210,10 +210,6 @@ def _of_torchvision(name: str, device: torch.device) -> nn.Module:
 
 def _of_run(trained: Run) -> nn.Module:
     return trained.model().classifier.backbone
-
-
-def _shorter(study: Study, name: str) -> dict[str, Any]:
-    return SHORTER[name] if study.embedded and study.scale == QUICK else {}
 
 
 def count(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from casm_fast.data import localization, predictions
 from casm_fast.data.classes import ClassSubset, labels_of, of_classes
 from casm_fast.evaluation import published
 from casm_fast.experiments.findings import Chart, Column, Findings, Row, Table
-from casm_fast.experiments.study import Experiment, Run, Study
+from casm_fast.experiments.study import QUICK, Experiment, Run, Study
 from casm_fast.report.charts import Draw, Palette
 
 if TYPE_CHECKING:
@@ -101,19 +101,27 @@ def train(study: Study, images: ClassSubset | None) -> Run:
     A part of the embedded set is so small that its epochs would be over before anything is
     learned: there a part is seen as often as it takes to have the steps of the whole set.
     """
-    if images is None or not study.embedded:
+    if not study.embedded:
         return study.train(training=images, strategy=STRATEGY)
+    # The quick form has half of the images of the others.
+    settings: dict[str, Any] = {"epoch_fraction": 0.6} if study.scale == QUICK else {}
+    if images is None:
+        return study.train(strategy=STRATEGY, **settings)
     share = len(images) / len(study.training)
-    plain = study.config(strategy=STRATEGY).recipe()
+    whole = study.config(strategy=STRATEGY, **settings).recipe()
     classifier = study.classifier(
-        training=images, pretrain_epochs=round(plain.pretrain_epochs / share)
+        training=images, pretrain_epochs=round(whole.pretrain_epochs / share)
     )
+    passes = whole.epochs * whole.epoch_fraction / share
+    epochs = max(whole.epochs, math.ceil(passes))
     return study.train(
         training=images,
         strategy=STRATEGY,
         weights=str(classifier.checkpoint.resolve()),
         pretrain_epochs=0,
-        epoch_fraction=min(1.0, plain.epoch_fraction / share),
+        epochs=epochs,
+        epoch_fraction=passes / epochs,
+        schedule_epochs=round(whole.schedule_epochs * epochs / whole.epochs),
     )
 
 
@@ -221,5 +229,5 @@ EXPERIMENT = Experiment(
     "localisation of classes that were not seen in training",
     run,
     embedded="classes=8",
-    quick="images=2500",
+    quick="images=2000",
 )
