@@ -340,11 +340,11 @@ def test_figure3_by_a_plain_loop(many: Reproduction, output: Path) -> None:
     study = study_of("figure3", output)
     table = many.findings.tables[0]
     assert [row.name for row in table.rows] == [
-        "resnet18", "compact, seed 1", "compact, seed 2", "mean",
+        "resnet18", "compact, seed 0", "compact, seed 1", "mean",
     ]  # fmt: skip
     networks = [
         load(study.classifier(**settings).checkpoint).classifier
-        for settings in ({"backbone": "resnet18"}, {"seed": 1}, {"seed": 2})
+        for settings in ({"backbone": "resnet18"}, {}, {"seed": 1})
     ]
     masks = {"CASM": study.train(strategy="L100"), "Baseline": study.train(strategy="F")}
     right = np.zeros((3, len(figure3.CONDITIONS)))

@@ -32,15 +32,13 @@ from casm_fast.data.synthetic import SyntheticSource
 from casm_fast.data.transforms import normalize
 from casm_fast.evaluation.coverage import coverage, most_salient
 from casm_fast.experiments import columns
-from casm_fast.experiments.findings import Chart, Column, Findings, Gallery, Row, Table
+from casm_fast.experiments.findings import Chart, Column, Findings, Gallery, Line, Row, Table
 from casm_fast.experiments.study import Experiment, Run, Study
 from casm_fast.models.encoder import Encoder
 from casm_fast.models.saliency import full_size
 from casm_fast.ops import blend, mask_boxes
 from casm_fast.report.charts import Draw, Palette
-from casm_fast.report.figure import picture_grid
-from casm_fast.report.page import Strip, Tile
-from casm_fast.report.pictures import data_uri, enlarge
+from casm_fast.report.pictures import enlarge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,32 +242,16 @@ def _gallery(study: Study, models: dict[str, Run]) -> Gallery:
         (f"left by {name}", f"what {name} leaves when it masks as much as the object", pictures)
         for name, pictures in left.items()
     ]
-    large = [
-        (name, say, [enlarge(picture, repeat) for picture in pictures])
+    lines = [
+        Line(name, "", say, [enlarge(picture, repeat) for picture in pictures])
         for name, say, pictures in rows
-    ]
-    path = study.folder / "claims-pictures.png"
-    figure, _ = picture_grid(
-        [(name.replace(" (", "\n("), pictures) for name, _, pictures in large], label=1.4
-    )
-    figure.savefig(path, dpi=100)
-    strips = [
-        Strip(
-            name,
-            say,
-            tuple(
-                Tile(data_uri(picture), f"{name}, {source.image_id(index)}")
-                for picture, index in zip(pictures, shown, strict=True)
-            ),
-        )
-        for name, say, pictures in large
     ]
     return Gallery(
         "claims-pictures",
         "What masks mark, and what masks of equal area leave",
         "The first validation pictures with one object; the models of seed 0.",
-        [strips],
-        path,
+        [lines],
+        [[source.image_id(index) for index in shown]],
     )
 
 

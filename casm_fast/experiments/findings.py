@@ -23,6 +23,9 @@ PAPER = (
 """The paper whose figures stand beside ours."""
 
 
+_LETTER = 0.07  # inches, of a name beside a row of pictures
+
+
 @dataclass(frozen=True)
 class Column:
     """One quantity of a table.
@@ -232,11 +235,13 @@ class Gallery:
     def draw(self, path: Path) -> None:
         """The rows as one picture file."""
         rows = [
-            (f"{line.name}\n{line.form}".strip(), line.pictures)
+            (f"{line.name}\n{line.form}".strip().replace(" (", "\n("), line.pictures)
             for group in self.groups
             for line in group
         ]
-        picture_grid(rows)[0].savefig(path, dpi=150)
+        longest = max(len(part) for name, _ in rows for part in name.split("\n"))
+        figure, _ = picture_grid(rows, label=0.25 + _LETTER * longest)
+        figure.savefig(path, dpi=150)
 
 
 @dataclass(frozen=True)
