@@ -184,7 +184,8 @@ class Ours:
         )
         self.engine = Engine(model, config, classes=CLASSES, device=device)
         self.engine.begin("casm")
-        self.index = 0
+        self.engine.history.observe(0, self.engine.model.classifier)
+        self.index = 1
 
     def step(self, x: Tensor, y: Tensor, drawn: bool) -> None:
         draw = History.draw
