@@ -66,8 +66,9 @@ ROUNDS = 5
 FEW_ROUNDS = 3  # where a step takes more than
 LONG_STEP = 1.0  # seconds
 # How far a tensor may end from where the authors' loop takes it in two steps of float64, as a share
-# of the way; the worst measured is 2e-9 (ResNet-50).
-TOLERANCE = 1e-6
+# of the way; the worst measured is 5e-7 (ResNet-50, L:
+# Adam divides by small numbers).
+TOLERANCE = 1e-5
 CHECKED_IMAGES = 4
 
 

@@ -439,9 +439,14 @@ def test_steps_read_nothing_on_the_host(strategy: str, amp: Any, host_reads: lis
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("strategy", ["F", "L", "FL", "L1"])
-def test_steps_do_not_synchronise_the_gpu(strategy: str) -> None:
-    engine = Engine(tiny_model(), config(strategy=strategy), classes=3, device=torch.device("cuda"))
-    data = [(x.cuda(), y.cuda()) for x, y in batches(3)]
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"amp": "fp16", "accumulate": 2}, {"history_device": "host", "decoder_ema": 0.9}],
+)
+def test_steps_do_not_synchronise_the_gpu(strategy: str, fields: dict[str, Any]) -> None:
+    settings = config(strategy=strategy, lambda_r="auto", **fields)
+    engine = Engine(tiny_model().float(), settings, classes=3, device=torch.device("cuda"))
+    data = [(x.cuda(), y.cuda()) for x, y in float_batches(3)]
     run(engine, data)
     torch.cuda.set_sync_debug_mode("error")
     try:
