@@ -29,6 +29,8 @@ from casm_fast.experiments import reproduce
 from casm_fast.experiments.reproduction import listing
 from casm_fast.extraction import ExtractConfig, export, extract
 from casm_fast.extraction.exporting import Category, Format
+from casm_fast.perturbation import PerturbConfig, open_classifier, perturb_set
+from casm_fast.perturbation.config import Preset
 from casm_fast.report import gallery, report
 from casm_fast.training import TrainConfig, train
 from casm_fast.training.distributed import leads
@@ -336,6 +338,76 @@ class Reproduce(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Perturb(Verb):
+    """Learn which region of each image a classifier's score needs: meaningful perturbation.
+
+    SOURCE is a photo, a folder, or a data set as for extract. Writes a figure and a mask per image,
+    and a row per image to rows.jsonl. Interrupted, the same command goes on where it stopped.
+
+    Example: casm-fast perturb photo.jpg --model googlenet
+    """
+
+    source: tyro.conf.Positional[str]
+    """Images."""
+
+    model: str = "googlenet"
+    """Architecture (torchvision, timm/NAME), or a checkpoint or run folder of casm_fast."""
+
+    weights: str | None = "imagenet"
+    """Of an architecture: "imagenet", another name of torchvision's, a file, or None: random."""
+
+    classes: int = 1000
+    """Of an architecture."""
+
+    input_size: int | None = None
+    """Side of the images in pixels (default: 224, or as the checkpoint was trained)."""
+
+    resize_policy: Literal["crop", "squash"] | None = None
+    """Shorter side to the input size and centre crop, or squash (default: crop, or as the
+    checkpoint was trained)."""
+
+    target: int | Literal["predicted", "label"] = "predicted"
+    """Class whose score counts: the best, each image's label, or one for all."""
+
+    preset: Preset = "default"
+    """Settings of one of the paper's experiments; options that differ from the defaults below
+    change them."""
+
+    figures: bool = True
+    """Draw twelve panels per image."""
+
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("perturbed")
+    """Folder to write to."""
+
+    config: PerturbConfig = field(default_factory=PerturbConfig)
+
+    def run(self) -> None:
+        """Perturb."""
+        default = PerturbConfig()
+        names = PerturbConfig.__dataclass_fields__
+        changes = {
+            name: value
+            for name in names
+            if (value := getattr(self.config, name)) != getattr(default, name)
+        }
+        made = perturb_set(
+            open_classifier(
+                self.model, self.weights, self.classes, self.input_size, self.resize_policy
+            ),
+            self.source,
+            self.output,
+            PerturbConfig.preset(self.preset, **changes),
+            target=self.target,
+            device=self.device,
+            figures=self.figures,
+        )
+        print(made)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what is installed, which kernels loaded, and what to do about each problem.
 
@@ -357,6 +429,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "export": Export,
     "report": Report,
+    "perturb": Perturb,
     "reproduce": Reproduce,
     "doctor": Doctor,
 }

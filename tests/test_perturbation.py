@@ -821,6 +821,12 @@ def test_bad_classifiers() -> None:
 
 
 def test_bad_layers() -> None:
+    refused(
+        "perturbation: expected 'constant' without a colour beside a layer, whose activation is "
+        "dropped out, got 'blur'; start from PerturbConfig.preset('layers')",
+        ValueError,
+        layer="2",
+    )
     network = torchvision.models.resnet18(num_classes=3)
     layers = PerturbConfig.preset("layers", layer="layer3.0.conv3")
     refused(
@@ -873,11 +879,6 @@ def test_bad_layers() -> None:
             {"perturbation": "blur+blue"},
             "perturbation: expected blur, constant, noise, a mixture such as 'blur+noise', or "
             "varying_blur, got 'blur+blue'",
-        ),
-        (
-            {"layer": "conv1"},
-            "perturbation: expected 'constant' without a colour beside a layer, whose activation "
-            "is dropped out, got 'blur'; start from PerturbConfig.preset('layers')",
         ),
         ({"initial_value": 1.5}, "initial_value: expected a number in [0, 1], got 1.5"),
         (

@@ -3,6 +3,7 @@
 from casm_fast.perturbation.config import LAYERS, Layer, PerturbConfig
 from casm_fast.perturbation.deletion import DeletionCurve, deletion_curve
 from casm_fast.perturbation.figure import grid, overlay, panels
+from casm_fast.perturbation.folder import PerturbedSet, open_classifier, perturb_set
 from casm_fast.perturbation.pipeline import perturb
 from casm_fast.perturbation.result import Curves, Perturbation
 
@@ -13,9 +14,12 @@ __all__ = [
     "Layer",
     "PerturbConfig",
     "Perturbation",
+    "PerturbedSet",
     "deletion_curve",
     "grid",
+    "open_classifier",
     "overlay",
     "panels",
     "perturb",
+    "perturb_set",
 ]

@@ -210,12 +210,6 @@ class PerturbConfig:
                 f"perturbation: expected {', '.join(REPLACEMENTS)}, a mixture such as "
                 f"'blur+noise', or {VARYING_BLUR}, got {self.perturbation!r}"
             )
-        if self.layer is not None and (parts != ("constant",) or self.colour is not None):
-            raise ValueError(
-                "perturbation: expected 'constant' without a colour beside a layer, whose "
-                f"activation is dropped out, got {self.perturbation!r}; "
-                "start from PerturbConfig.preset('layers')"
-            )
 
     @property
     def replacements(self) -> tuple[str, ...]:

@@ -68,6 +68,14 @@ def perturb(
         torch.OutOfMemoryError: Not even one image fits into memory.
     """
     config = dataclasses.replace(config or PerturbConfig(), **overrides)
+    if config.layer is not None and (
+        config.perturbation != "constant" or config.colour is not None
+    ):
+        raise ValueError(
+            "perturbation: expected 'constant' without a colour beside a layer, whose "
+            f"activation is dropped out, got {config.perturbation!r}; "
+            "start from PerturbConfig.preset('layers')"
+        )
     if isinstance(classifier, SaliencyModel):
         classifier = classifier.classifier
     with torch.inference_mode(False), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -77,6 +78,20 @@ class Perturbation:
     def normalised(self) -> Tensor:
         """``[B]``: share of the score that is left, between everything hidden (0) and shown (1)."""
         return (self.score_after - self.score_hidden) / (self.score_before - self.score_hidden)
+
+    def select(self, places: Tensor) -> Perturbation:
+        """The results of some images.
+
+        Args:
+            places: ``[n]`` int64.
+        """
+
+        def at(value: Any) -> Any:
+            if isinstance(value, Curves):
+                return Curves(**{name: curve[places] for name, curve in vars(value).items()})
+            return value[places] if isinstance(value, Tensor) else value
+
+        return Perturbation(**{name: at(value) for name, value in vars(self).items()})
 
     def __len__(self) -> int:
         return len(self.masks)
