@@ -97,7 +97,7 @@ def run(study: Study) -> Findings:
         "references", lambda: references(study, referee), referee=referee_run.folder.name
     )
 
-    label = {key: f"{name}{_instead(study, key)}" for key, name in STRATEGIES.items()}
+    label = {key: f"{name}{study.instead(key)}" for key, name in STRATEGIES.items()}
     means = [Row(label[key], _means(values), kind="ours") for key, values in found.items()]
     limits = [Row(f"cells chosen by: {name}", values) for name, values in known.items()]
     each = [
@@ -313,11 +313,6 @@ def _share(values: NDArray[Any]) -> float:
 
 def _means(values: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {c.key: float(np.mean([value[c.key] for value in values])) for c in COLUMNS}
-
-
-def _instead(study: Study, strategy: str) -> str:
-    name = study.strategy(strategy)
-    return "" if name == strategy else f" (here {name})"
 
 
 def _verdict(found: dict[str, list[dict[str, Any]]], label: dict[str, str]) -> str:

@@ -93,6 +93,10 @@ class Table:
         """Whether the paper gives any value of the column."""
         return any(row.published.get(column.key) is not None for row in self.rows)
 
+    def show(self, row: Row, column: Column) -> str:
+        """Our value for people; a dash where a row lacks one, nothing where it has none at all."""
+        return column.show(row.ours.get(column.key)) if row.ours else ""
+
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON values."""
         return {
@@ -147,9 +151,7 @@ class Table:
 
     def _cells(self, column: Column) -> list[str]:
         """A column for a terminal, digits below digits."""
-        ours = [
-            "" if row.kind == "head" else column.show(row.ours.get(column.key)) for row in self.rows
-        ]
+        ours = [self.show(row, column) for row in self.rows]
         if any(column.key in row.marked for row in self.rows):
             marks = ["*" if column.key in row.marked else " " for row in self.rows]
             ours = [value + mark for value, mark in zip(ours, marks, strict=True)]

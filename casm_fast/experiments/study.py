@@ -90,6 +90,7 @@ QUICK = Scale(
     training={
         "batch_size": 32,
         "pretrain_epochs": 6,
+        "pretrain_lr": 0.05,
         "epochs": 3,
         "epoch_fraction": 0.3,
         "schedule_epochs": 2,
@@ -300,6 +301,11 @@ class Study:
     def strategy(self, name: str) -> str:
         """The strategy that stands for `name` at this scale: L100 is L10 where runs are short."""
         return self.scale.strategies.get(name, name) if self.embedded else name
+
+    def instead(self, strategy: str) -> str:
+        """Such as " (here L10)", where another strategy stands for this one; else nothing."""
+        name = self.strategy(strategy)
+        return "" if name == strategy else f" (here {name})"
 
     def config(self, **settings: Any) -> TrainConfig:
         """The configuration of a training: the recipe's settings over the scale's.

@@ -52,9 +52,7 @@ def run(study: Study) -> Findings:
         ours = columns.localisation(study.scores(trained))
         if not setting.shared:
             ours["om"] = None
-        name = f"({key}) {_name(key, setting)}"
-        if trained.config.strategy != setting.strategy:
-            name += f" (here {trained.config.strategy})"
+        name = f"({key}) {_name(key, setting)}{study.instead(setting.strategy)}"
         rows.append(Row(name, ours, columns.published(published.TABLE_2[key])))
     table = Table(
         "table2",
