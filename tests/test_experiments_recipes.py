@@ -135,7 +135,7 @@ def test_classes_without_images() -> None:
 
 def test_table1(output: Path) -> None:
     result = smoke("table1", output)
-    rows = {row.name: row for row in result.findings.tables[0].rows}
+    rows = {row.name.split(" (here")[0]: row for row in result.findings.tables[0].rows}
     printed = dict(
         zip(
             [m.name for m in table1.METHODS if m.published],
@@ -149,6 +149,7 @@ def test_table1(output: Path) -> None:
         paper = rows[name].published
         assert f"{100 * (paper['le'] or 0):.1f}" == le
         assert (paper["om"] is None) if om == "-" else f"{100 * (paper['om'] or 0):.1f}" == om
+    assert "CASM (L100) (here L1)" in str(result)
     # What is not implemented here shows no number of ours.
     assert not rows["Zhou et al. (2016)"].ours
     # The box in the middle, by a loop over pixels.
