@@ -293,7 +293,7 @@ class Reproduce(Verb):
     """Which one."""
 
     data: str = "synthetic"
-    """Data set: "synthetic" (embedded), "imagenet:DIR", "folder:DIR" or a path."""
+    """Data set: "synthetic" (embedded), "imagenet:DIR", or a folder with train and val."""
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Fewer images and epochs: minutes on two cores with the embedded set."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from casm_fast.evaluation import published
 from casm_fast.experiments import EXPERIMENTS, SMOKE, figure2, figure3, reproduce, table1, table3
 from casm_fast.experiments.inpainting import Inpainter
 from casm_fast.experiments.reproduction import Reproduction
-from casm_fast.experiments.study import Run, Study
+from casm_fast.experiments.study import Run, Scale, Study
 from casm_fast.models import load
 
 # Table 1 and Table 3 as they are printed in the paper.
@@ -216,6 +217,71 @@ def test_models_learn_from_their_classes_alone(third: Reproduction, output: Path
         assert classifier["pretrain_epochs"] == round(64 / images)
         assert casm["epochs"] * casm["epoch_fraction"] * images == pytest.approx(64)
         assert casm["epochs"] == -(-64 // images)
+
+
+ON_DISK = Scale(
+    "trial",
+    elsewhere={
+        "backbone": "compact",
+        "weights": "none",
+        "input_size": 32,
+        "batch_size": 8,
+        "decoder_width": 4,
+        "epochs": 1,
+        "epoch_fraction": 1.0,
+    },
+    scratch={"pretrain_epochs": 1, "batch_size": 8},
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ImageNet of JPEG files."""
+    train, val = generate(64, size=32, workers=1), generate(16, size=32, split="val", workers=1)
+    return write_tree(tmp_path_factory.mktemp("tree"), train, val, sides=(32, 40), workers=1)
+
+
+def test_table3_on_files(tree: Path, tmp_path: Path) -> None:
+    result = reproduce(
+        "table3", data=f"imagenet:{tree}", scale=ON_DISK, output=tmp_path, device="cpu", workers=0
+    )
+    assert result.notice == (
+        f"imagenet-val:{tree}, 8 classes, 16 images: compare directions, not numbers"
+    )
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/finished.json")]
+    parts = [run for run in runs if "(classes " in run["data"]]
+    assert len(parts) == 10  # a classifier and a model for each of five unions
+    # Nothing that a part's classifier starts from has seen another class.
+    for run in parts:
+        if run["epochs"]:
+            own = next(r for r in parts if not r["epochs"] and r["data"] == run["data"])
+            assert own["weights"] == "none"
+            assert run["weights"].startswith("classifier-")
+        else:
+            assert run["pretrain_epochs"] == 1
+    (whole,) = [run for run in runs if "(classes " not in run["data"]]
+    assert whole["weights"] == "none"  # on ImageNet: the model zoo's, here switched off
+
+
+def test_data_that_cannot_be_used_are_refused_before_any_training(
+    tree: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        reproduce("figure2", data=f"folder:{tree / 'val'}", scale=ON_DISK, output=tmp_path / "a")
+    assert str(refusal.value) == (
+        f"reproduce: expected training and validation images, got folder:{tree / 'val'} for both; "
+        "give imagenet:DIR, or a folder that holds train and val"
+    )
+    bare = tmp_path / "bare"
+    for split in ("train", "val"):
+        shutil.copytree(tree / split, bare / split)
+    with pytest.raises(ValueError) as refusal:
+        reproduce("table2", data=str(bare), scale=ON_DISK, output=tmp_path / "b")
+    assert str(refusal.value) == (
+        f"reproduce: expected true boxes for table2, got none with imagenet-val:{bare}; "
+        "put ImageNet's XML annotations beside the images"
+    )
+    assert not list(tmp_path.glob("*/runs"))
 
 
 def test_errors_by_part_by_hand(third: Reproduction, output: Path) -> None:

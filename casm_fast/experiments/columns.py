@@ -19,8 +19,7 @@ def localisation(scores: Mapping[str, Any]) -> dict[str, float | None]:
     found = scores["localisation"]
     if found is None:
         raise ValueError(
-            f"expected images with true boxes to localise against, got none in {scores['source']}; "
-            "give --data a set with annotations"
+            f"expected images with true boxes among those scored, got none in {scores['source']}"
         )
     return {**{key: found[key] for key in ("le", "om", "f1")}, **volume(scores)}
 

@@ -113,5 +113,8 @@ def _mean(rows: list[Row], name: str) -> float:
 
 
 EXPERIMENT = Experiment(
-    "figure2", "seven consecutive images: masked-in, masked-out, inpainted; CASM and Baseline", run
+    "figure2",
+    "seven consecutive images: masked-in, masked-out, inpainted; CASM and Baseline",
+    run,
+    needs_boxes=False,
 )

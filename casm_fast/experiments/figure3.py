@@ -361,5 +361,8 @@ def _draw(rows: Sequence[Row], seeded: set[str]) -> Draw:
 
 
 EXPERIMENT = Experiment(
-    "figure3", "many classifiers on masked-in, masked-out and inpainted images", run
+    "figure3",
+    "many classifiers on masked-in, masked-out and inpainted images",
+    run,
+    needs_boxes=False,
 )

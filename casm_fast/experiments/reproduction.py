@@ -86,7 +86,7 @@ def reproduce(
 
     Args:
         name: One of `EXPERIMENTS`.
-        data: Data set: "synthetic" (embedded), "imagenet:DIR", "folder:DIR" or a path.
+        data: Data set: "synthetic" (embedded), "imagenet:DIR", or a folder with train and val.
         quick: Fewer images and epochs: minutes on two cores with the embedded set.
         output: Folder of the results; by default reproduce/<data>-<scale>.
         seeds: Number of repeated runs, for experiments that have any; else the paper's.
@@ -122,12 +122,32 @@ def reproduce(
     )
     if study.notice:
         study.progress(study.notice)
+    _check_data(study, experiment)
     started = time.perf_counter()
     findings = experiment.run(study)
     if leads():
         _write(study, experiment, findings, time.perf_counter() - started)
     page = study.folder / PAGE
     return Reproduction(name, study.folder, page, study.notice, findings)
+
+
+def _check_data(study: Study, experiment: Experiment) -> None:
+    """Refuse, before days of training, a data set that the experiment cannot use.
+
+    Raises:
+        ValueError: It has no validation images of its own, or no true boxes where they are needed.
+    """
+    images = study.validation
+    if images.name == study.training.name:
+        raise ValueError(
+            f"reproduce: expected training and validation images, got {images.name} for both; "
+            "give imagenet:DIR, or a folder that holds train and val"
+        )
+    if experiment.needs_boxes and not images.has_boxes:
+        raise ValueError(
+            f"reproduce: expected true boxes for {experiment.name}, got none with {images.name}; "
+            "put ImageNet's XML annotations beside the images"
+        )
 
 
 def find(name: str) -> Experiment:

@@ -100,5 +100,8 @@ def _ratios(pairs: dict[str, tuple[float, float]]) -> Draw:
 
 
 EXPERIMENT = Experiment(
-    "statistics", "total variation, entropy and spread of the masks, CASM and Baseline", run
+    "statistics",
+    "total variation, entropy and spread of the masks, CASM and Baseline",
+    run,
+    needs_boxes=False,
 )

@@ -461,6 +461,7 @@ class Experiment:
         run: The recipe.
         embedded: Options of the embedded set that it needs, such as ``"classes=20"``.
         quick: Further ones for its quick form, such as ``"images=2500"``.
+        needs_boxes: Whether the validation images must have true boxes.
     """
 
     name: str
@@ -468,6 +469,7 @@ class Experiment:
     run: Callable[[Study], Findings]
     embedded: str = ""
     quick: str = ""
+    needs_boxes: bool = True
 
 
 def _plain(value: Any) -> Any:
