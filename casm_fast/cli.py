@@ -447,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = "--verbose" in words
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    level = logging.DEBUG if verbose else logging.INFO if leads() else logging.WARNING
+    level = logging.DEBUG if verbose else logging.INFO if leads() else logging.ERROR
     logging.getLogger("casm_fast").setLevel(level)
     try:
         if HAS_TYRO:

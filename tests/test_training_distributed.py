@@ -471,6 +471,15 @@ def test_an_incomplete_environment_is_refused(
     assert distributed.leads()
 
 
+def test_compiled_passes_are_not_synchronised() -> None:
+    expected = (
+        "sync_batchnorm: expected compile=False, whose graphs cannot hold what processes tell one "
+        "another, got compile=True"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        TrainConfig(compile=True, sync_batchnorm=True)
+
+
 def test_layers_that_are_more_than_batch_normalisation_are_not_synchronised() -> None:
     class Activated(nn.BatchNorm2d):
         pass

@@ -425,6 +425,11 @@ class TrainConfig:
             raise ValueError(
                 "cuda_graphs: expected compile=True, whose graphs they capture, got compile=False"
             )
+        if self.compile and self.sync_batchnorm:
+            raise ValueError(
+                "sync_batchnorm: expected compile=False, whose graphs cannot hold what processes "
+                "tell one another, got compile=True"
+            )
         if self.lambda_r not in ("preset", "auto") and (
             isinstance(self.lambda_r, (str, bool)) or not 0 <= self.lambda_r < math.inf
         ):

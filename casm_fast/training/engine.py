@@ -433,7 +433,8 @@ class Engine:
         """What must be equal on all processes, in short; empty where there is one process."""
         if self.world.size == 1:
             return ""
-        sums = torch.stack([tensor.double().sum() for tensor in self.model.state_dict().values()])
+        tensors = [*self.model.state_dict().values(), self.lambda_r]
+        sums = torch.stack([tensor.double().sum() for tensor in tensors])
         draws = [self.history.generator.get_state(), torch.get_rng_state()]
         return repr((sums.tolist(), self.history.steps, [d.numpy().tobytes() for d in draws]))
 
