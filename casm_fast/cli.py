@@ -393,17 +393,23 @@ class Perturb(Verb):
             for name in names
             if (value := getattr(self.config, name)) != getattr(default, name)
         }
-        made = perturb_set(
-            open_classifier(
-                self.model, self.weights, self.classes, self.input_size, self.resize_policy
-            ),
-            self.source,
-            self.output,
-            PerturbConfig.preset(self.preset, **changes),
-            target=self.target,
-            device=self.device,
-            figures=self.figures,
+        classifier = open_classifier(
+            self.model, self.weights, self.classes, self.input_size, self.resize_policy
         )
+        try:
+            made = perturb_set(
+                classifier,
+                self.source,
+                self.output,
+                PerturbConfig.preset(self.preset, **changes),
+                target=self.target,
+                device=self.device,
+                figures=self.figures,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Finished images are saved: the same command goes on behind them"
+            ) from None
         print(made)
 
 

@@ -14,7 +14,7 @@ from casm_fast.perturbation.config import PerturbConfig
 class Curves:
     """What the descent saw before each of its steps, ``[B, steps]`` each.
 
-    NaN after the last step of an image that finished early.
+    NaN after the last step of an image that finished early, or that was not finite.
 
     Attributes:
         objective: What is minimised.
@@ -76,7 +76,10 @@ class Perturbation:
 
     @property
     def normalised(self) -> Tensor:
-        """``[B]``: share of the score that is left, between everything hidden (0) and shown (1)."""
+        """``[B]``: share of the score that is left, between everything hidden (0) and shown (1).
+
+        Not finite, or without meaning, where hiding everything does not lower the score.
+        """
         return (self.score_after - self.score_hidden) / (self.score_before - self.score_hidden)
 
     def select(self, places: Tensor) -> Perturbation:
