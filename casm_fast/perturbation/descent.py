@@ -115,7 +115,7 @@ def descend(
     state = _State.of(masks)
     for step in range(steps):
         terms, gradient = evaluate(judge, pictures, targets, state.masks, shifts[step])
-        finite = terms[0].isfinite() & gradient.isfinite().flatten(1).all(dim=1)
+        finite = (terms[0] + gradient.sum(dim=(1, 2, 3))).isfinite()  # of all, in one pass
         history[step][:, places] = torch.where(state.broken, torch.nan, terms)
         state.note(terms[0], finite, config)
         state.move(gradient, step, config)
