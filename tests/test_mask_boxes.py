@@ -73,6 +73,11 @@ def diagonals(H: int, W: int) -> np.ndarray:
     return ((x - y) % 4 == 0) | ((x + y) % 9 == 0)
 
 
+def cells(H: int, W: int) -> np.ndarray:
+    """Noise of 4x4 pixels: rows repeat, as in upsampled masks."""
+    return noise(-(-H // 4), -(-W // 4), 0.55).repeat(4, 0).repeat(4, 1)[:H, :W]
+
+
 def noise(H: int, W: int, p: float) -> np.ndarray:
     return np.random.default_rng(int(1000 * p)).random((H, W)) < p
 
@@ -87,6 +92,7 @@ ADVERSARIAL = {
     "comb_sideways": lambda H, W: comb(W, H).T,
     "checkerboard": checkerboard,
     "diagonals": diagonals,
+    "cells": cells,
     "noise_10": lambda H, W: noise(H, W, 0.1),
     "noise_50": lambda H, W: noise(H, W, 0.5),
     "noise_593": lambda H, W: noise(H, W, 0.593),  # the percolation threshold

@@ -94,7 +94,14 @@ class Runs {
   RunRange runs_of(int64_t band) const { return {first_slot(band), rows_[band_end(band) - 1].end}; }
 
   template <typename T, typename Keep>
-  RunRange read_row(const T* row, int64_t y, int32_t run, Keep keep, RowBits out);
+  void pack_row(const T* row, Keep keep, uint64_t* bits) const;
+  // Where the runs of a row are whose bits are known, the first of them numbered `run`; returns the number behind the
+  // last.
+  int32_t number_row(RowBits row, int32_t run) const;
+  // Writes the ends of the runs of row y, which are joined to nothing yet.
+  void decode_row(const RowBits& row, int64_t y, RunRange runs);
+  // The same for a row of the same pixels as the one above: each run is joined to the one that it lies under.
+  void repeat_row(RowBits row, RunRange above, RunRange runs);
   // kFresh: the runs of the lower row are joined to nothing yet.
   template <int kConnectivity, bool kFresh>
   void join_rows(const RowBits& upper, const RowBits& lower);
@@ -138,25 +145,38 @@ inline int32_t* decode(uint64_t word, int32_t origin, int32_t* out) {
 }
 
 template <typename T, typename Keep>
-RunRange Runs::read_row(const T* row, int64_t y, int32_t run, Keep keep, RowBits out) {
-  int32_t* edge = edges_.get() + 2 * int64_t(run);
-  const int32_t first_run = run;
+void Runs::pack_row(const T* row, Keep keep, uint64_t* bits) const {
+  for (int64_t j = 0; j < words_; ++j) bits[j] = pack(row + 64 * j, int(std::min<int64_t>(64, width_ - 64 * j)), keep);
+}
+
+inline int32_t Runs::number_row(RowBits row, int32_t run) const {
   uint64_t carry = 0;
   for (int64_t j = 0; j < words_; ++j) {
-    const uint64_t bits = pack(row + 64 * j, int(std::min<int64_t>(64, width_ - 64 * j)), keep);
-    const uint64_t edges = bits ^ (bits << 1 | carry);
+    const uint64_t bits = row.bits[j];
+    row.edges[j] = bits ^ (bits << 1 | carry);
+    row.first[j] = run;
+    run += std::popcount(row.edges[j] & bits);
     carry = bits >> 63;
-    out.bits[j] = bits;
-    out.edges[j] = edges;
-    out.first[j] = run;
-    if (edges) edge = decode(edges, int32_t(y * width_ + 64 * j), edge);
-    run += std::popcount(edges & bits);
   }
-  if (carry) *edge = int32_t((y + 1) * width_);  // a run that ends with the row, the row with a word
-  for (int32_t i = first_run; i < run; ++i) parent_[i] = i;
-  const RunRange runs = {first_run, run};
-  rows_[y] = runs;
-  return runs;
+  return run;
+}
+
+inline void Runs::decode_row(const RowBits& row, int64_t y, RunRange runs) {
+  int32_t* edge = edges_.get() + 2 * int64_t(runs.begin);
+  for (int64_t j = 0; j < words_; ++j)
+    if (row.edges[j]) edge = decode(row.edges[j], int32_t(y * width_ + 64 * j), edge);
+  if (row.bits[words_ - 1] >> 63)
+    *edge = int32_t((y + 1) * width_);  // a run that ends with the row, the row with a word
+  for (int32_t i = runs.begin; i < runs.end; ++i) parent_[i] = i;
+}
+
+inline void Runs::repeat_row(RowBits row, RunRange above, RunRange runs) {
+  const int32_t count = runs.end - runs.begin;
+  int32_t* const edges = edges_.get();
+  const int32_t* const edges_above = edges + 2 * int64_t(above.begin);
+  for (int32_t i = 0; i < 2 * count; ++i) edges[2 * int64_t(runs.begin) + i] = edges_above[i] + int32_t(width_);
+  for (int32_t i = 0; i < count; ++i) parent_[runs.begin + i] = parent_[above.begin + i];
+  for (int64_t j = 0; j < words_; ++j) row.first[j] += count;
 }
 
 inline int32_t Runs::find(int32_t run) {
@@ -207,17 +227,24 @@ void Runs::join_rows(const RowBits& upper, const RowBits& lower) {
 template <int kConnectivity, typename T, typename Keep>
 void Runs::scan(const T* pixels, int64_t band, Keep keep) {
   RowPair rows(words_);
+  RunRange above = {0, 0};
   int32_t run = first_slot(band);
-  bool above = false;
   for (int64_t y = band * band_rows_; y < band_end(band); ++y) {
-    const RunRange runs = read_row(pixels + y * width_, y, run, keep, rows.lower);
-    run = runs.end;
-    const bool here = runs.begin != runs.end;
-    if constexpr (kConnectivity != 0) {
-      if (above && here) join_rows<kConnectivity, true>(rows.upper, rows.lower);
+    pack_row(pixels + y * width_, keep, rows.lower.bits);
+    const bool joins = kConnectivity != 0 && above.begin != above.end;
+    RunRange runs = {run, run + above.end - above.begin};
+    if (joins && std::equal(rows.lower.bits, rows.lower.bits + words_, rows.upper.bits)) {
+      repeat_row(rows.upper, above, runs);
+    } else {
+      runs.end = number_row(rows.lower, run);
+      decode_row(rows.lower, y, runs);
+      if constexpr (kConnectivity != 0) {
+        if (joins && runs.begin != runs.end) join_rows<kConnectivity, true>(rows.upper, rows.lower);
+      }
+      std::swap(rows.upper, rows.lower);
     }
-    above = here;
-    std::swap(rows.upper, rows.lower);
+    rows_[y] = above = runs;
+    run = runs.end;
   }
 }
 
@@ -225,17 +252,8 @@ template <int kConnectivity, typename T, typename Keep>
 void Runs::join_bands(const T* pixels, Keep keep) {
   RowPair rows(words_);
   const auto read_again = [&](int64_t y, RowBits out) {
-    int32_t run = rows_[y].begin;
-    uint64_t carry = 0;
-    for (int64_t j = 0; j < words_; ++j) {
-      const int count = int(std::min<int64_t>(64, width_ - 64 * j));
-      const uint64_t bits = pack(pixels + y * width_ + 64 * j, count, keep);
-      out.bits[j] = bits;
-      out.edges[j] = bits ^ (bits << 1 | carry);
-      out.first[j] = run;
-      run += std::popcount(out.edges[j] & bits);
-      carry = bits >> 63;
-    }
+    pack_row(pixels + y * width_, keep, out.bits);
+    number_row(out, rows_[y].begin);
   };
   for (int64_t y = band_rows_; y < height_; y += band_rows_) {
     read_again(y - 1, rows.upper);
