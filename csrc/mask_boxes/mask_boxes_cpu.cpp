@@ -6,6 +6,7 @@
 // first pixel, whatever the order of the unions, and the sum for the level has one order.
 
 #include "common/dispatch.h"
+#include "common/tensors.h"
 #include "mask_boxes/level_cpu.h"
 #include "mask_boxes/mask_boxes.h"
 #include "mask_boxes/runs.h"
@@ -71,15 +72,15 @@ std::tuple<Tensor, Tensor> mask_boxes(const Tensor& mask_in, std::optional<Tenso
   check_mask_boxes(mask_in, level_in, connectivity);
   const Rule rule = level_in ? Rule::level : rule_of(rule_name);
   const bool largest = is_largest(component);
-  const Tensor mask = torch::stable::contiguous(mask_in);
+  const Tensor mask = in_order(mask_in);
   const int64_t B = mask.size(0), H = mask.size(2), W = mask.size(3), n = H * W;
-  Tensor boxes = torch::stable::new_empty(mask, {B, 4}, ScalarType::Int);
-  Tensor area = torch::stable::new_empty(mask, {B}, ScalarType::Int);
+  Tensor boxes = empty_tensor(mask, {B, 4}, ScalarType::Int);
+  Tensor area = empty_tensor(mask, {B}, ScalarType::Int);
   int32_t* const box = boxes.mutable_data_ptr<int32_t>();
   int32_t* const areas = area.mutable_data_ptr<int32_t>();
   for_cpu_dtype(mask, [&]<typename T>() {
     const T* const pixels = mask.const_data_ptr<T>();
-    const std::optional<Tensor> level = level_in ? std::optional(torch::stable::contiguous(*level_in)) : std::nullopt;
+    const std::optional<Tensor> level = level_in ? std::optional(in_order(*level_in)) : std::nullopt;
     const T* const levels = level ? level->const_data_ptr<T>() : nullptr;
     for_each_image(B, H, W, [&](Runs& runs, int64_t b, bool parallel) {
       const T* const image = pixels + b * n;
@@ -115,8 +116,8 @@ void label(const Tensor& binary, int64_t connectivity, int32_t* labels) {  // bi
 
 Tensor connected_components(const Tensor& binary_in, int64_t connectivity) {
   check_binary(binary_in, connectivity);
-  const Tensor binary = torch::stable::contiguous(binary_in);
-  Tensor labels = torch::stable::new_empty(binary, binary.sizes(), ScalarType::Int);
+  const Tensor binary = in_order(binary_in);
+  Tensor labels = empty_tensor(binary, binary.sizes(), ScalarType::Int);
   int32_t* const out = labels.mutable_data_ptr<int32_t>();
   switch (binary.scalar_type()) {
     case ScalarType::Bool:
