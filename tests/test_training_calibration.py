@@ -13,7 +13,7 @@ import torch
 
 from casm_fast.data.synthetic import generate
 from casm_fast.training import TrainConfig, train
-from casm_fast.training.calibration import INTEGRAL, PROPORTIONAL, Calibration, split
+from casm_fast.training.calibration import INTEGRAL, PROPORTIONAL, RECENT, Calibration, split
 
 
 def calibration(start: float, target: float = 0.5, classes: int = 8) -> Calibration:
@@ -22,15 +22,16 @@ def calibration(start: float, target: float = 0.5, classes: int = 8) -> Calibrat
 
 def test_steering_is_the_proportional_integral_formula() -> None:
     controller = calibration(3.0, target=0.4, classes=5)
-    integral, setpoint = 3.0, 0.4
+    integral, setpoint, recent = 3.0, 0.4, 0.1
     for step, area in enumerate((0.1, 0.2, 0.55, 0.41)):
         controller.steer(torch.tensor(area, dtype=torch.float64))
+        recent += RECENT * (area - recent)
         integral += INTEGRAL * math.log(5) * (area - setpoint)
         expected = integral + PROPORTIONAL * math.log(5) * (area - setpoint)
         assert float(controller.lambda_r) == pytest.approx(expected, abs=1e-12)
         if step == 1:  # held-out masks are larger than those of the batches: aim lower
             controller.correct(0.45)
-            setpoint -= 0.05
+            setpoint = 0.4 - (0.45 - recent)
 
 
 @pytest.mark.parametrize("gap", [-0.1, 0.0, 0.08])

@@ -6,12 +6,13 @@ trained::
 
     every step:    e = mean saliency of the batch - setpoint
                    integral += INTEGRAL ln K e;  lambda_R = integral + PROPORTIONAL ln K e
-    every epoch:   setpoint += target - mean saliency of held-out images, in evaluation mode
+                   recent += RECENT (mean saliency of the batch - recent)
+    every epoch:   setpoint = target + recent - mean saliency of held-out images, in evaluation mode
 
 The mean saliency answers lambda_R late and not in proportion (below some lambda_R masks grow no
 further, because the judge is confused enough), hence the fast proportional part and a slow
-integral. The second loop takes away what is left between batches in training mode and unseen
-images in evaluation mode. Where not even lambda_R = 0 makes the masks as large as asked for, it
+integral. The setpoint takes away the difference between batches in training mode and unseen images
+in evaluation mode. Where not even lambda_R = 0 makes the masks as large as asked for, it
 becomes negative and rewards area.
 """
 
@@ -29,6 +30,9 @@ from torch import Tensor
 # embedded set.
 PROPORTIONAL = 4.0
 INTEGRAL = 0.1
+
+# Share of a batch in the running mean: some ten steps, in which the masks change little.
+RECENT = 0.1
 
 # Held-out images: a twentieth of the training set, within these bounds.
 HELD_OUT_SHARE = 20
@@ -61,6 +65,7 @@ class Calibration:
         self._unit = math.log(classes)
         self._integral = lambda_r.clone()
         self._setpoint = torch.full_like(lambda_r, target)
+        self._recent = torch.full_like(lambda_r, math.nan)  # until the first batch
 
     def steer(self, mean_saliency: Tensor) -> None:
         """Answer a step; waits for no device.
@@ -68,18 +73,25 @@ class Calibration:
         Args:
             mean_saliency: Of the batch, ``[]``, on the device.
         """
+        self._recent.copy_(
+            torch.where(
+                self._recent.isnan(),
+                mean_saliency,
+                self._recent.lerp(mean_saliency.to(self._recent.dtype), RECENT),
+            )
+        )
         excess = mean_saliency - self._setpoint
         self._integral += INTEGRAL * self._unit * excess
         torch.add(self._integral, excess, alpha=PROPORTIONAL * self._unit, out=self.lambda_r)
 
     def correct(self, held_out_saliency: float) -> None:
-        """Move the setpoint by what held-out images lack.
+        """Set the batches' masks such a size that those of held-out images have the target's.
 
         Args:
             held_out_saliency: Their mean saliency, in evaluation mode.
         """
-        self._setpoint += self.target - held_out_saliency
-        self._setpoint.clamp_(0.0, 1.0)
+        gap = held_out_saliency - self._recent
+        self._setpoint.copy_((self.target - gap).clamp(0.0, 1.0))
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on."""
@@ -87,6 +99,7 @@ class Calibration:
             "lambda_r": self.lambda_r,
             "integral": self._integral,
             "setpoint": self._setpoint,
+            "recent": self._recent,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -94,6 +107,7 @@ class Calibration:
         self.lambda_r.copy_(state["lambda_r"])
         self._integral.copy_(state["integral"])
         self._setpoint.copy_(state["setpoint"])
+        self._recent.copy_(state["recent"])
 
 
 def split(images: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
