@@ -38,6 +38,8 @@ of the race at most. *Ratio* is the best exact peer's time over ours: above 1 we
 lose**. *Copy* is our compulsory traffic (every input read once, every output written once) as a
 share of a large copy measured in the same process; above 100 % the data stayed in cache. Peers
 marked † do not compute the same thing and are not ranked.
+
+What forbids more, and what was tried: [limits.md](limits.md).
 """
 
 
