@@ -23,6 +23,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 #endif
 
 namespace casm_fast {
@@ -88,7 +89,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
   static_assert(sizeof...(Params) == sizeof...(Args), "as many arguments as the kernel has parameters");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   // Up to here no permission is needed; every architecture grants this much.
   constexpr int64_t kSharedWithoutPermission = 48 << 10;
   if (shared_bytes > kSharedWithoutPermission)
