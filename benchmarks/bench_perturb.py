@@ -24,10 +24,11 @@ from torch.nn.functional import interpolate, pad
 
 from casm_fast import ops
 from casm_fast.models import build_encoder
+from casm_fast.models.targets import Targets
 from casm_fast.ops.jitter_mask import axis_weights
 from casm_fast.perturbation import PerturbConfig
 from casm_fast.perturbation.descent import descend
-from casm_fast.perturbation.judging import Targets, borrowed
+from casm_fast.perturbation.judging import judging
 from casm_fast.perturbation.showing import pictures, shifts
 
 STEPS = 5
@@ -122,7 +123,7 @@ def test_steps(
     # Far enough from flat for gradients above rounding, which Adam would enlarge.
     first = (0.2 + 0.6 * torch.rand(batch, 1, 28, 28, generator=generator)).to(device)
     targets = (torch.arange(batch) % 8)[:, None].to(device)
-    with borrowed(classifier, config) as judge:
+    with judging(classifier, config) as judge:
         still = pictures(images, config)
         moving = still.enlarged(config.jitter)
         offsets = shifts(config).to(device)

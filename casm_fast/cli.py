@@ -29,7 +29,8 @@ from casm_fast.experiments import reproduce
 from casm_fast.experiments.reproduction import listing
 from casm_fast.extraction import ExtractConfig, export, extract
 from casm_fast.extraction.exporting import Category, Format
-from casm_fast.perturbation import PerturbConfig, open_classifier, perturb_set
+from casm_fast.models import open_classifier
+from casm_fast.perturbation import PerturbConfig, perturb_set
 from casm_fast.perturbation.config import Preset
 from casm_fast.report import gallery, report
 from casm_fast.training import TrainConfig, train

@@ -15,10 +15,12 @@ from scipy import ndimage
 from torch import nn
 
 import casm_fast
+from casm_fast.models.borrowing import token_grid
+from casm_fast.models.targets import Targets
 from casm_fast.perturbation import LAYERS, PerturbConfig
 from casm_fast.perturbation.config import Layer
 from casm_fast.perturbation.descent import evaluate
-from casm_fast.perturbation.judging import Targets, borrowed, token_grid
+from casm_fast.perturbation.judging import judging
 from casm_fast.perturbation.showing import pictures, shifts
 from casm_fast.perturbation.start import RADII, discs
 
@@ -239,7 +241,7 @@ def test_gradient_of_the_whole_objective(game: str, perturbation: str) -> None:
     mask = 0.1 + 0.8 * torch.rand(2, 1, 4, 5, generator=generator, dtype=torch.float64)
     targets = Targets(torch.tensor([[1, 2], [3, -1]]))
     shift = torch.tensor([2, 1], dtype=torch.int32)
-    with borrowed(net, config) as judge:
+    with judging(net, config) as judge:
         pics = pictures(images, config).enlarged(3)
         args = (mask.requires_grad_(), judge, pics, targets, shift)
         assert torch.autograd.gradcheck(Objective.apply, args)
@@ -298,7 +300,7 @@ def test_the_first_disc_is_the_smallest_that_settles_the_game() -> None:
             judged = images[number : number + 1]
             targets = Targets(made.targets[number : number + 1])
             still = torch.zeros(2, dtype=torch.int32)
-            with borrowed(net, config) as judge, torch.no_grad():
+            with judging(net, config) as judge, torch.no_grad():
                 pics = pictures(judged, config)
 
                 def score(keep: np.ndarray) -> float:

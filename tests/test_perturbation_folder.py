@@ -15,9 +15,9 @@ import casm_fast
 from casm_fast import cli
 from casm_fast.data.synthetic import generate, write_tree
 from casm_fast.data.transforms import normalize
-from casm_fast.models import checkpoint
+from casm_fast.models import checkpoint, open_classifier
 from casm_fast.models.saliency import build_model
-from casm_fast.perturbation import PerturbConfig, folder, open_classifier, perturb_set
+from casm_fast.perturbation import PerturbConfig, folder, perturb_set
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A folder of images, with class subfolders or flat."""
+"""A folder of images, with class subfolders or flat; a single picture."""
 
 from __future__ import annotations
 
@@ -75,6 +75,47 @@ class FolderSource:
     def label(self, index: int) -> int:
         """The class of the image, -1 in a flat folder."""
         return int(self._labels[index])
+
+    def boxes(self, index: int) -> NDArray[np.int32]:
+        """No boxes, ``[0, 4]``."""
+        del index
+        return np.zeros((0, 4), np.int32)
+
+
+class PhotoSource:
+    """An `ImageSource` of a single picture file.
+
+    Attributes:
+        name: The path.
+        classes: ().
+        has_boxes: Always false.
+        path: The file.
+    """
+
+    classes: tuple[str, ...] = ()
+    has_boxes = False
+
+    def __init__(self, path: str | Path, *, decoder: Decoder = decode) -> None:
+        self.path, self.name, self._decoder = Path(path), str(path), decoder
+
+    def __len__(self) -> int:
+        """1."""
+        return 1
+
+    def image_id(self, index: int) -> str:
+        """The name of the file."""
+        del index
+        return self.path.name
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
+        del index
+        return self._decoder(self.path)
+
+    def label(self, index: int) -> int:
+        """-1."""
+        del index
+        return -1
 
     def boxes(self, index: int) -> NDArray[np.int32]:
         """No boxes, ``[0, 4]``."""

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from casm_fast.data.coco import CocoSource, annotation_files
 from casm_fast.data.decoders import DecoderName, choose_decoder
-from casm_fast.data.folder import FolderSource
+from casm_fast.data.folder import FolderSource, PhotoSource
 from casm_fast.data.imagenet import ImageNetSource, images_root
+from casm_fast.data.listing import is_image
 from casm_fast.data.synthetic import open_synthetic
 
 _KINDS = ("imagenet", "imagenet-val", "imagenet-train", "coco", "folder")
@@ -90,6 +91,7 @@ def open_source(
     | "coco:DIR" | COCO, the split asked for; (picture, category) pairs |
     | "coco-val2014:DIR", "coco-train2017:DIR", … | that set, whatever is asked for |
     | "folder:DIR" | class subfolders, or one flat folder; has no splits |
+    | a picture file | that picture |
     | a path | COCO when it holds annotations/instances_*.json, ImageNet when it holds train or val
         folders, else a folder |
     | an `ImageSource` | itself |
@@ -126,6 +128,8 @@ def open_source(
             )
         family, part = _family(path), ""
     reader = choose_decoder(decoder)
+    if not colon and path.is_file() and is_image(path.name):
+        return PhotoSource(path, decoder=reader)
     if family == "folder":
         return FolderSource(path, decoder=reader)
     if family == "coco":

@@ -3,7 +3,7 @@
 from casm_fast.perturbation.config import LAYERS, Layer, PerturbConfig
 from casm_fast.perturbation.deletion import DeletionCurve, deletion_curve
 from casm_fast.perturbation.figure import grid, overlay, panels
-from casm_fast.perturbation.folder import PerturbedSet, open_classifier, perturb_set
+from casm_fast.perturbation.folder import PerturbedSet, perturb_set
 from casm_fast.perturbation.pipeline import perturb
 from casm_fast.perturbation.result import Curves, Perturbation
 
@@ -17,7 +17,6 @@ __all__ = [
     "PerturbedSet",
     "deletion_curve",
     "grid",
-    "open_classifier",
     "overlay",
     "panels",
     "perturb",

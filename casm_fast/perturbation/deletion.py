@@ -8,20 +8,20 @@ normalised score; and the smallest box that leaves at most 1 % measures the map,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from casm_fast import ops
-from casm_fast.models.saliency import SaliencyModel
+from casm_fast.models.borrowing import Classifies, as_images
+from casm_fast.models.memory import slices
+from casm_fast.models.targets import Targets, as_targets
 from casm_fast.perturbation.config import PerturbConfig
-from casm_fast.perturbation.judging import Judge, Targets, borrowed
-from casm_fast.perturbation.pipeline import as_images, as_targets
+from casm_fast.perturbation.judging import Judge, judging
 from casm_fast.perturbation.showing import Pictures, pictures
-from casm_fast.perturbation.start import slices
 
 THRESHOLDS = 101
 
@@ -56,7 +56,7 @@ class DeletionCurve:
 
 
 def deletion_curve(
-    classifier: nn.Module | Callable[[Tensor], Any],
+    classifier: Classifies,
     images: Tensor,
     saliency: Tensor,
     targets: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
@@ -86,9 +86,7 @@ def deletion_curve(
     if config.layer is not None:
         raise ValueError(f"layer: expected None for boxes in images, got {config.layer!r}")
     config = dataclasses.replace(config, mask_sigma=0.0)  # boxes have edges
-    if isinstance(classifier, SaliencyModel):
-        classifier = classifier.classifier
-    with torch.inference_mode(False), torch.no_grad(), borrowed(classifier, config) as judge:
+    with torch.inference_mode(False), torch.no_grad(), judging(classifier, config) as judge:
         batch = as_images(classifier, images)
         size = (len(batch), 1, *batch.shape[2:])
         if not isinstance(saliency, Tensor) or saliency.shape != size:
@@ -103,7 +101,7 @@ def deletion_curve(
         logits = torch.cat(
             [judge.logits(still.select(part), None, shift) for part in slices(len(batch), count)]
         )
-        chosen = as_targets(targets, len(batch), logits.shape[1], config)
+        chosen = as_targets(targets, len(batch), logits.shape[1], config.top_k)
         classes = logits.topk(config.top_k).indices if chosen is None else chosen.to(logits.device)
         return _play(judge, still, Targets(classes), maps, shift, count)
 

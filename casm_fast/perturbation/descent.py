@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from casm_fast import ops
+from casm_fast.models.targets import Targets
 from casm_fast.perturbation.config import PerturbConfig
-from casm_fast.perturbation.judging import Judge, Targets
+from casm_fast.perturbation.judging import Judge
 from casm_fast.perturbation.showing import Pictures
 
 BETAS = (0.9, 0.999)

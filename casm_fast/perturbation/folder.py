@@ -13,18 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from casm_fast.data.decoding import decode
-from casm_fast.data.geometry import Policy
 from casm_fast.data.loading import evaluation_batches
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.data.subset import Subset
-from casm_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
-from casm_fast.models import checkpoint
-from casm_fast.models.encoder import build_encoder
+from casm_fast.data.transforms import normalize
+from casm_fast.models.classifier import Classifier
 from casm_fast.models.placement import choose_device
 from casm_fast.perturbation.config import PerturbConfig
 from casm_fast.perturbation.figure import grid, panels
@@ -39,29 +34,6 @@ ON_CPU, ON_GPU = 8, 64
 """Images between two rows that are safe, where batch_size names no number."""
 
 _SPEED = ("batch_size", "memory_budget")  # no row depends on them
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A classifier and what its images must be like.
-
-    Attributes:
-        name: As it was asked for.
-        network: In eval mode.
-        size: Side of its images in pixels.
-        policy: How pictures become squares.
-        mean: Of the normalisation.
-        std: Of the normalisation.
-        classes: Names by label; () when unknown.
-    """
-
-    name: str
-    network: nn.Module
-    size: int
-    policy: Policy
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,48 +70,6 @@ class PerturbedSet:
 _BOTH = ("score_before", "score_after")
 
 
-def open_classifier(
-    name: str | Path,
-    weights: str | Path | None = "imagenet",
-    classes: int = 1000,
-    size: int | None = None,
-    policy: Policy | None = None,
-) -> Classifier:
-    """A classifier by name or from a file.
-
-    Args:
-        name: An architecture (see `casm_fast.models.build_encoder`), or a checkpoint or run folder
-            of casm_fast, whose classifier it is.
-        weights: Of an architecture: "imagenet", another name of torchvision's, a file, or None.
-        classes: Of an architecture.
-        size: Side of the images; None: 224, or as the checkpoint was trained.
-        policy: None: "crop", or as the checkpoint was trained.
-
-    Raises:
-        FileNotFoundError: Weights that are neither a known name nor a file.
-        ValueError: There is no such architecture, or the weights are another's.
-    """
-    if Path(name).exists():
-        model = checkpoint.load(Path(name))
-        return Classifier(
-            str(name),
-            model.classifier.backbone.eval(),
-            size or model.input_size,
-            policy or model.resize_policy,
-            model.mean,
-            model.std,
-            model.classes,
-        )
-    network = build_encoder(str(name), classes=classes, weights=weights).backbone.eval()
-    names: tuple[str, ...] = ()
-    if weights is not None and str(name) in torchvision.models.list_models():
-        known = torchvision.models.get_model_weights(str(name)).__members__.values()
-        named = [tuple(one.meta["categories"]) for one in known if "categories" in one.meta]
-        names = named[0] if named and len(named[0]) == classes else ()
-    side, how = size or 224, policy or "crop"
-    return Classifier(str(name), network, side, how, IMAGENET_MEAN, IMAGENET_STD, names)
-
-
 def perturb_set(
     classifier: Classifier,
     source: str | Path | ImageSource,
@@ -158,7 +88,7 @@ def perturb_set(
 
     Args:
         classifier: See `open_classifier`.
-        source: A picture file, or what `casm_fast.data.open_source` takes.
+        source: As `casm_fast.data.open_source` takes it: a photo, a folder, a data set.
         output: Folder; see `PerturbedSet`.
         config: Options; the paper's when not given.
         target: "predicted" (`top_k` best classes), "label" (the image's own), or one class for all.
@@ -181,7 +111,7 @@ def perturb_set(
         raise ValueError(
             f"target: expected 'predicted', 'label' or the number of a class, got {target!r}"
         )
-    images = _opened(source)
+    images = open_source(source, split="val")
     where, folder = choose_device(device), Path(output)
     rows = _resumed(folder, _settings(classifier, images, config, target))
     known = {row["image_id"] for row in rows}
@@ -222,37 +152,6 @@ def perturb_set(
     finally:
         classifier.network.to(home)
     return PerturbedSet(folder, tuple(rows), len(waiting))
-
-
-class _Photo:
-    """A single picture as an `ImageSource`."""
-
-    classes: Sequence[str] = ()
-    has_boxes = False
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
-
-    def __len__(self) -> int:
-        return 1
-
-    def image_id(self, index: int) -> str:
-        return self.path.name
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        return decode(self.path)
-
-    def label(self, index: int) -> int:
-        return -1
-
-    def boxes(self, index: int) -> NDArray[np.int32]:
-        return np.zeros((0, 4), np.int32)
-
-
-def _opened(source: str | Path | ImageSource) -> ImageSource:
-    if isinstance(source, (str, Path)) and Path(source).is_file():
-        return _Photo(Path(source))
-    return open_source(source, split="val")
 
 
 def _settings(

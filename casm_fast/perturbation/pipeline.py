@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from casm_fast import ops
-from casm_fast.models.saliency import SaliencyModel
+from casm_fast.models.borrowing import Classifies, as_images, token_grid
+from casm_fast.models.memory import budget, footprint, in_parts
+from casm_fast.models.targets import Targets, as_targets
 from casm_fast.perturbation.config import PerturbConfig
 from casm_fast.perturbation.descent import Descent, descend, evaluate
-from casm_fast.perturbation.judging import Judge, Targets, borrowed, token_grid
+from casm_fast.perturbation.judging import Judge, judging
 from casm_fast.perturbation.result import Curves, Perturbation
 from casm_fast.perturbation.showing import pictures, shifts
 from casm_fast.perturbation.start import first_masks
 
-logger = logging.getLogger(__name__)
-
 MASK_SIZE = (28, 28)
 """The paper's mask, 224 pixels at scale 8."""
-
-FREE_SHARE = 0.5
-"""Of the free memory that one batch may take."""
-
-HOST_MOST = 4 * 2**30
-"""Bytes that it takes on the CPU at most: there larger batches are no faster."""
 
 ROSE = 0.1
 """Share of the first objective's size (at least of 1) by which it may rise."""
 
 
 def perturb(
-    classifier: nn.Module | Callable[[Tensor], Any],
+    classifier: Classifies,
     images: Tensor | Sequence[Tensor],
     targets: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     config: PerturbConfig | None = None,
@@ -76,11 +68,9 @@ def perturb(
             f"activation is dropped out, got {config.perturbation!r}; "
             "start from PerturbConfig.preset('layers')"
         )
-    if isinstance(classifier, SaliencyModel):
-        classifier = classifier.classifier
     with torch.inference_mode(False), torch.no_grad():
         batch = as_images(classifier, images)
-        with borrowed(classifier, config) as judge:
+        with judging(classifier, config) as judge:
             return _Solver(judge, batch, targets).solve()
 
 
@@ -88,39 +78,26 @@ class _Solver:
     """The images on their way through the steps, in chunks that fit into memory."""
 
     def __init__(self, judge: Judge, images: Tensor, targets: Any) -> None:
-        self.judge, self.config = judge, judge.config
+        self.judge, self.config = judge, (config := judge.config)
         self.images = images
         self.still = torch.zeros(2, dtype=torch.int32, device=images.device)
-        self.shifts = shifts(self.config).to(images.device)
-        logits = judge.logits(pictures(images[:1], self.config), None, self.still)
+        self.shifts = shifts(config).to(images.device)
+        logits = judge.logits(pictures(images[:1], config), None, self.still)
         self.classes = logits.shape[1]
-        self.targets = as_targets(targets, len(images), self.classes, self.config)
+        self.targets = as_targets(targets, len(images), self.classes, config.top_k)
         self.mask_size = self._mask_size()
 
     def solve(self) -> Perturbation:
         parts: list[Perturbation] = []
-        start, size = 0, min(self._fitting(), len(self.images))
-        while start < len(self.images):
-            part = slice(start, start + size)
-            try:
-                solved = self._part(part, size)
-            except (RuntimeError, MemoryError) as error:
-                if size == 1 or not _out_of_memory(error):
-                    raise
-                solved = None
-            if solved is None:  # the failed batch is forgotten by now
-                size = (size + 1) // 2
-                logger.info("out of memory: going on with %d images at once", size)
-                if self.images.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
+        size = self._fitting()
+        for solved, used in in_parts(len(self.images), size, self._part, self.images.device):
             parts.append(solved)
-            start += size
+            size = used
         return _joined(parts, size)
 
-    def _part(self, part: slice, size: int) -> Perturbation:
+    def _part(self, part: slice) -> Perturbation:
         """The masks of some images at once."""
-        judge, config = self.judge, self.config
+        judge, config, size = self.judge, self.config, part.stop - part.start
         still = pictures(self.images[part], config)
         logits = judge.logits(still, None, self.still)
         if self.targets is None:
@@ -177,34 +154,20 @@ class _Solver:
             return self.config.batch_size
         if len(self.images) == 1:
             return 1
-        budget = (
-            _free(self.images.device) * FREE_SHARE
-            if self.config.memory_budget is None
-            else self.config.memory_budget * 2**30
-        )
-        return max(1, int(budget / self._footprint()))
+        room = budget(self.images.device, self.config.memory_budget)
+        return max(1, int(room / self._footprint()))
 
     def _footprint(self) -> int:
-        """Bytes that one image takes: twice what autograd keeps for a step, for the work on it."""
-        kept: dict[int, int] = {}
-        own = (
-            {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-            if isinstance(module := self.judge.classifier, nn.Module)
-            else set()
-        )
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
+        """Bytes that one image takes in a step."""
         still = pictures(self.images[:1], self.config)
         targets = Targets(torch.zeros(1, 1, dtype=torch.int64, device=self.images.device))
         mask = self.images.new_full((1, 1, *self.mask_size), 0.5)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            evaluate(self.judge, still, targets, mask, self.still)
-        return 2 * sum(kept.values()) + 8 * self.images[:1].nbytes
+        module = self.judge.classifier
+        kept = footprint(
+            lambda: evaluate(self.judge, still, targets, mask, self.still),
+            module.parameters() if isinstance(module, nn.Module) else (),
+        )
+        return kept + 8 * self.images[:1].nbytes
 
 
 def _rose(made: Descent) -> Tensor:
@@ -230,102 +193,3 @@ def _joined(parts: list[Perturbation], size: int) -> Perturbation:
     names = [field.name for field in dataclasses.fields(Perturbation)]
     joined = {name: join([getattr(part, name) for part in parts]) for name in names}
     return Perturbation(**{**joined, "batch_size": size})
-
-
-# ---------------------------------------------------------------- memory
-
-
-def _free(device: torch.device) -> float:
-    """Bytes."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return min(float(os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")), HOST_MOST / FREE_SHARE)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error)  # torch's CPU allocator has no class of its own
-
-
-# ---------------------------------------------------------------- checks
-
-
-def as_images(classifier: Any, images: Any) -> Tensor:
-    """The images as ``[B, C, H, W]``, float32 or float64, apart from the caller's graph."""
-    if isinstance(images, (list, tuple)) and images and all(_is_tensor(one) for one in images):
-        sizes = sorted({tuple(one.shape) for one in images})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"images: expected images of one size in a call, got {len(sizes)} sizes such as "
-                f"{list(sizes[0])} and {list(sizes[1])}; call once for each size, or resize them"
-            )
-        images = torch.stack(list(images))
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor [B, C, H, W], got {type(images).__name__}")
-    if not images.is_floating_point():
-        got = str(images.dtype).removeprefix("torch.")
-        raise TypeError(
-            f"images: expected floating point, normalised for the classifier, got {got}"
-        )
-    if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(
-            f"images: expected at least one image [B, C, H, W], got {list(images.shape)}"
-        )
-    _check_device(classifier, images)
-    batch: Tensor = images.detach()
-    batch = batch.clone() if batch.is_inference() else batch
-    batch = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
-    bad = torch.nonzero(~batch.isfinite().flatten(1).all(dim=1))[:, 0].tolist()
-    if bad:
-        raise ValueError(f"images: expected finite values, got NaN or infinity in image {bad[0]}")
-    return batch
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _check_device(classifier: Any, images: Tensor) -> None:
-    if isinstance(classifier, nn.Module):
-        for parameter in classifier.parameters():
-            if parameter.device != images.device:
-                raise ValueError(
-                    f"images: expected on the device of the classifier ({parameter.device}), "
-                    f"got {images.device}"
-                )
-
-
-def as_targets(targets: Any, count: int, classes: int, config: PerturbConfig) -> Tensor | None:
-    """``[B, n]`` int64 on the host, filled up with -1; None for the best classes of each."""
-    if targets is None:
-        if config.top_k > classes:
-            raise ValueError(f"top_k: expected at most {classes}, the classes, got {config.top_k}")
-        return None
-    if config.top_k != 1:
-        raise ValueError(
-            f"targets: expected None beside top_k = {config.top_k}, which takes each image's best "
-            "classes, got targets; give one of the two"
-        )
-    given = targets.tolist() if isinstance(targets, Tensor) else targets
-    each = [given] * count if type(given) is int else given
-    rows: list[list[int]] = []
-    if isinstance(each, (list, tuple)):
-        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in each]
-    if not rows or any(type(one) is not int for row in rows for one in row):
-        raise TypeError(
-            "targets: expected classes as integers, one or several for each image, "
-            f"got {type(targets).__name__}"
-        )
-    if len(rows) != count:
-        raise ValueError(f"targets: expected classes for {count} images, got {len(rows)}")
-    for number, row in enumerate(rows):
-        bad = [one for one in row if not -1 <= one < classes]
-        if bad or not any(one >= 0 for one in row):
-            got = bad[0] if bad else "none"
-            raise ValueError(
-                f"targets: expected classes in 0 ... {classes - 1}, got {got} for image {number}"
-            )
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)

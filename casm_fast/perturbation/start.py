@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casm_fast import ops
+from casm_fast.models.memory import slices
+from casm_fast.models.targets import Targets
 from casm_fast.perturbation.config import PerturbConfig
-from casm_fast.perturbation.judging import Judge, Targets
+from casm_fast.perturbation.judging import Judge
 from casm_fast.perturbation.showing import Pictures, random_mask
 
 SIDE = 224
@@ -123,8 +125,3 @@ def _smallest(
         chosen[waiting[found]] = group[smallest[found]]
         waiting = waiting[~found]
     return chosen
-
-
-def slices(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `count` places."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
