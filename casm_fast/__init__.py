@@ -5,6 +5,7 @@
 * `extract` turns image sets into boxes and mask statistics,
 * `evaluate` scores them by the paper's conventions,
 * `perturb` finds what a classifier's score needs, by meaningful perturbation,
+* `attribute` makes saliency maps by the comparison methods of both papers,
 * `reproduce` makes a table or figure of the paper again,
 * `ops` holds the fused operators.
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from casm_fast import ops
+    from casm_fast.attribution import attribute
     from casm_fast.evaluation import Scores, evaluate
     from casm_fast.experiments import reproduce
     from casm_fast.extraction import ExtractConfig, Extraction, export, extract
@@ -35,6 +37,7 @@ _HOMES = {
     "Scores": "evaluation",
     "TrainConfig": "training",
     "TrainResult": "training",
+    "attribute": "attribution",
     "evaluate": "evaluation",
     "export": "extraction",
     "extract": "extraction",
@@ -54,6 +57,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "attribute",
     "evaluate",
     "export",
     "extract",

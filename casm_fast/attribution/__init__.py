@@ -1,0 +1,7 @@
+"""Saliency maps by the name of a method: the comparison methods of both papers, batched."""
+
+from casm_fast.attribution.methods import METHODS
+from casm_fast.attribution.pipeline import attribute, find, listing
+from casm_fast.attribution.problem import Method, Problem, Score
+
+__all__ = ["METHODS", "Method", "Problem", "Score", "attribute", "find", "listing"]
