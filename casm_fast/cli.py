@@ -9,6 +9,7 @@ Ctrl-C; 143 by SIGTERM. Where torchrun starts several processes for ``train``, o
 from __future__ import annotations
 
 import abc
+import ast
 import contextlib
 import importlib.util
 import logging
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from casm_fast import doctor
+from casm_fast.attribution import attribute_set
+from casm_fast.attribution import listing as methods
 from casm_fast.data.source import open_source
 from casm_fast.data.synthetic import SyntheticSource, write_tree
 from casm_fast.evaluation import evaluate
@@ -415,6 +418,92 @@ class Perturb(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attribute(Verb):
+    """Make saliency maps by the comparison methods of both papers.
+
+    SOURCE is a photo, a folder, or a data set as for extract. Writes a picture, the maps and a row
+    per image. Interrupted, the same command goes on where it stopped. Without a source: lists the
+    methods.
+
+    Example: casm-fast attribute photo.jpg --method grad_cam --model resnet50
+    """
+
+    source: tyro.conf.Positional[str | None] = None
+    """Images."""
+
+    method: tuple[str, ...] = ("all",)
+    """Methods by name; all: every one that the classifier allows."""
+
+    model: str = "googlenet"
+    """Architecture (torchvision, timm/NAME), or a checkpoint or run folder of casm_fast."""
+
+    weights: str | None = "imagenet"
+    """Of an architecture: "imagenet", another name of torchvision's, a file, or None: random."""
+
+    classes: int = 1000
+    """Of an architecture."""
+
+    input_size: int | None = None
+    """Side of the images in pixels (default: 224, or as the checkpoint was trained)."""
+
+    resize_policy: Literal["crop", "squash"] | None = None
+    """Shorter side to the input size and centre crop, or squash (default: crop, or as the
+    checkpoint was trained)."""
+
+    target: int | Literal["predicted", "label"] = "predicted"
+    """Class that is explained: the best, each image's label, or one for all."""
+
+    score: Literal["logit", "softmax", "log_softmax"] = "logit"
+    """What of the class is explained."""
+
+    option: tuple[str, ...] = ()
+    """Options of a single method, NAME=VALUE each, such as layer=layer4."""
+
+    batch_size: int | None = None
+    """Images in one pass of the classifier (default: as many as memory holds)."""
+
+    figures: bool = True
+    """Draw one picture per image, with all maps."""
+
+    seed: int = 0
+    """Of random numbers."""
+
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("attributed")
+    """Folder to write to."""
+
+    def run(self) -> None:
+        """Attribute, or list."""
+        if self.source is None:
+            print(f"{methods()}\n\nnext: casm-fast attribute photo.jpg --method NAME")
+            return
+        classifier = open_classifier(
+            self.model, self.weights, self.classes, self.input_size, self.resize_policy
+        )
+        try:
+            made = attribute_set(
+                classifier,
+                self.source,
+                self.output,
+                self.method,
+                target=self.target,
+                score=self.score,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                device=self.device,
+                figures=self.figures,
+                **named_values(self.option),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Finished images are saved: the same command goes on behind them"
+            ) from None
+        print(made)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what is installed, which kernels loaded, and what to do about each problem.
 
@@ -437,6 +526,7 @@ VERBS: dict[str, type[Verb]] = {
     "export": Export,
     "report": Report,
     "perturb": Perturb,
+    "attribute": Attribute,
     "reproduce": Reproduce,
     "doctor": Doctor,
 }
@@ -550,6 +640,24 @@ def explain(error: Exception) -> tuple[str, int]:
         f"{type(error).__name__}: {text} (a defect of casm_fast; --verbose shows where)",
         DEFECT,
     )
+
+
+def named_values(words: Sequence[str]) -> dict[str, Any]:
+    """Options as words, NAME=VALUE each; a value is a Python literal, or else text.
+
+    Raises:
+        ValueError: A word without a name.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"option: expected NAME=VALUE, such as layer=layer4, got {word!r}")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
 
 
 def demo_tree(folder: Path) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from casm_fast.models import checkpoint
+from casm_fast.models.borrowing import as_logits
 from casm_fast.models.encoder import build_encoder
 from casm_fast.models.saliency import IMAGENET_MEAN, IMAGENET_STD, ResizePolicy
 
@@ -34,6 +37,49 @@ class Classifier:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+
+    def numbers(self, labels: Sequence[int], names: Sequence[str], images: str) -> list[int]:
+        """Which logit each label of a set of images means.
+
+        By name where the set's names are the classifier's. Other names for as many classes are in
+        the same order, such as ImageNet's ids, which torchvision writes out as words.
+
+        Args:
+            labels: Of the images, by the set's numbering.
+            names: The set's classes; () when unknown.
+            images: What error messages call the set.
+
+        Raises:
+            ValueError: An image has no label, or the classes are others.
+        """
+        if min(labels) < 0:
+            raise ValueError(
+                f"target: expected labelled images for 'label', got {images} without; "
+                "ask for 'predicted' or a class"
+            )
+        if names and set(names) <= set(self.classes):
+            return [self.classes.index(names[label]) for label in labels]
+        if self.classes and len(names) != len(self.classes):
+            raise ValueError(
+                f"target: expected the {len(self.classes)} classes of the classifier for "
+                f"'label', got {len(names)} with other names; ask for 'predicted' or a class"
+            )
+        return list(labels)
+
+    def predict(self, images: Tensor) -> list[int]:
+        """The best class of each image.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised, on the device of the network.
+        """
+        with torch.inference_mode():
+            answer = as_logits(self.network(images), len(images))
+        best: list[int] = answer.argmax(dim=1).tolist()
+        return best
+
+    def words(self, targets: Sequence[int]) -> list[str]:
+        """What classes are called; their numbers where no names are known."""
+        return [self.classes[one] if self.classes else str(one) for one in targets]
 
 
 def open_classifier(
