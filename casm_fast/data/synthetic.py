@@ -126,6 +126,11 @@ class SyntheticSource:
         index = range(len(self))[index]
         return self.box_table[self.box_starts[index] : self.box_starts[index + 1]]
 
+    def mask(self, index: int) -> NDArray[np.bool_]:
+        """What the objects cover, ``[S, S]``."""
+        region: NDArray[np.bool_] = self.masks[index]
+        return region
+
 
 def class_names(classes: int) -> tuple[str, ...]:
     """The names of the first classes.

@@ -26,12 +26,6 @@ from casm_fast.experiments.study import IMAGENET_CLASSES, Study
 from casm_fast.models.classifier import Classifier, open_classifier
 from casm_fast.models.placement import choose_device
 
-SUPPLEMENT = (
-    "Fong and Vedaldi, Interpretable explanations of black boxes by meaningful perturbation, "
-    "ICCV 2017, supplementary material"
-)
-"""The paper whose figures stand beside those of these experiments."""
-
 NETWORK = "googlenet"
 """The network that the supplement explains."""
 

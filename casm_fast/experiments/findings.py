@@ -20,8 +20,13 @@ PAPER = (
     "Zolna, Geras and Cho, Classifier-agnostic saliency map extraction, "
     "Computer Vision and Image Understanding 196 (2020)"
 )
-"""The paper whose figures stand beside ours."""
+"""The paper whose figures stand beside ours, unless an experiment names another."""
 
+SUPPLEMENT = (
+    "Fong and Vedaldi, Interpretable explanations of black boxes by meaningful perturbation, "
+    "ICCV 2017, supplementary material"
+)
+"""That of meaningful perturbation and the comparison methods."""
 
 _LETTER = 0.07  # inches, of a name beside a row of pictures
 
@@ -79,6 +84,7 @@ class Table:
         source: Where the published values stand, e.g. "Table 2"; empty when it has none.
         note: How to read it.
         mark: What a marked cell means.
+        paper: What `source` is part of.
     """
 
     name: str
@@ -88,6 +94,7 @@ class Table:
     source: str = ""
     note: str = ""
     mark: str = ""
+    paper: str = PAPER
 
     def published(self, column: Column) -> bool:
         """Whether the paper gives any value of the column."""
@@ -102,7 +109,7 @@ class Table:
         return {
             "name": self.name,
             "title": self.title,
-            "source": f"{self.source}, {PAPER}" if self.source else None,
+            "source": f"{self.source}, {self.paper}" if self.source else None,
             "note": self.note,
             "columns": [{"key": c.key, "name": c.name} for c in self.columns],
             "rows": [

@@ -14,17 +14,23 @@ import torch
 
 import casm_fast
 from casm_fast.experiments import (
+    architectures,
     claims,
+    coco_examples,
+    failures,
     figure2,
     figure3,
+    layers,
+    preservation_vs_deletion,
     resizing,
     seeds,
     statistics,
     table1,
     table2,
     table3,
+    top5_setting,
 )
-from casm_fast.experiments.findings import PAPER, Findings
+from casm_fast.experiments.findings import Findings
 from casm_fast.experiments.study import FULL, QUICK, Experiment, Scale, Study, write_json
 from casm_fast.models.placement import choose_device
 from casm_fast.report import charts
@@ -36,9 +42,13 @@ PAGE = "index.html"
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (table1, table2, table3, seeds, statistics, figure2, figure3, resizing, claims)
+    for module in (
+        *(table1, table2, table3, seeds, statistics, figure2, figure3, resizing, claims),
+        *(top5_setting, architectures, layers, preservation_vs_deletion),
+        *(coco_examples, failures),
+    )
 }
-"""Every experiment by name, in the order of the paper."""
+"""Every experiment by name: those of CASM's paper in its order, then those of the supplement."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ def _write(study: Study, experiment: Experiment, findings: Findings, seconds: fl
     device = choose_device(study.device)
     provenance = {
         "experiment": f"{experiment.name}: {experiment.summary}",
-        "paper": PAPER,
+        "paper": experiment.paper,
         "data": study.validation.name,
         "images": f"{len(study.training):,} to learn from, {study.limit:,} scored",
         "scale": study.scale.name,
@@ -210,7 +220,7 @@ def _write(study: Study, experiment: Experiment, findings: Findings, seconds: fl
             "title": f"casm-fast reproduce {experiment.name}",
             "eyebrow": f"casm-fast reproduce {experiment.name}, {today}",
             "verdict": findings.verdict,
-            "lead": f"{experiment.summary[0].upper()}{experiment.summary[1:]}. {PAPER}.",
+            "lead": f"{experiment.summary[0].upper()}{experiment.summary[1:]}. {experiment.paper}.",
             "notice": f"{study.notice[0].upper()}{study.notice[1:]}." if study.notice else "",
             "tables": findings.tables,
             "charts": [

@@ -35,7 +35,7 @@ from typing import Any
 import casm_fast
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.evaluation import evaluate
-from casm_fast.experiments.findings import Findings
+from casm_fast.experiments.findings import PAPER, Findings
 from casm_fast.extraction import extract
 from casm_fast.models import checkpoint
 from casm_fast.models.placement import choose_device
@@ -464,6 +464,7 @@ class Experiment:
         embedded: Options of the embedded set that it needs, such as ``"classes=20"``.
         quick: Further ones for its quick form, such as ``"images=2500"``.
         needs_boxes: Whether the validation images must have true boxes.
+        paper: What it reproduces a part of.
     """
 
     name: str
@@ -472,6 +473,7 @@ class Experiment:
     embedded: str = ""
     quick: str = ""
     needs_boxes: bool = True
+    paper: str = PAPER
 
 
 def _plain(value: Any) -> Any:
