@@ -1,4 +1,4 @@
-"""Images: ImageNet in every layout, COCO, folders, the embedded set; decoding, boxes, batches."""
+"""Images: ImageNet in every layout, COCO, VOC, folders, the embedded set; decoding, batches."""
 
 from casm_fast.data.coco import CocoSource
 from casm_fast.data.decoders import DecoderName, choose_decoder
@@ -6,6 +6,7 @@ from casm_fast.data.decoding import DecodeError, decode, decode_bytes
 from casm_fast.data.folder import FolderSource
 from casm_fast.data.geometry import Geometry, Policy, geometry
 from casm_fast.data.imagenet import ImageNetSource
+from casm_fast.data.layouts import write_voc, write_wsol
 from casm_fast.data.loading import (
     ImageBatch,
     TrainingBatch,
@@ -24,6 +25,8 @@ from casm_fast.data.transforms import (
     normalize,
     resize,
 )
+from casm_fast.data.voc import VocSource
+from casm_fast.data.wsol import WsolSource
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -40,6 +43,8 @@ __all__ = [
     "Subset",
     "SyntheticSource",
     "TrainingBatch",
+    "VocSource",
+    "WsolSource",
     "batches_per_epoch",
     "box_iou",
     "centred_box",
@@ -59,4 +64,6 @@ __all__ = [
     "training_batches",
     "write_coco",
     "write_tree",
+    "write_voc",
+    "write_wsol",
 ]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casm_fast.data.decoding import Decoder, decode
-from casm_fast.data.listing import check_folder, is_image
+from casm_fast.data.listing import check_folder, is_image, missing_files
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,18 @@ class CocoSource:
         index = range(len(self))[index]
         return self._boxes[self._box_starts[index] : self._box_starts[index + 1]]
 
+    def picture_labels(self, index: int) -> NDArray[np.int64]:
+        """Labels of all categories in the pair's picture, its own among them, ascending ``[k]``."""
+        picture = self._picture_of[index]
+        first, end = np.searchsorted(self._picture_of, [picture, picture + 1])
+        labels: NDArray[np.int64] = self._labels[first:end]
+        return labels
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the picture, by the annotation file."""
+        height, width = self._sizes[self._picture_of[index]]
+        return height, width
+
     def mask(self, index: int) -> NDArray[np.bool_]:
         """The pixels of the category's objects and crowds, by pycocotools (extra ``eval``).
 
@@ -217,10 +229,7 @@ class CocoSource:
         if self._crowds:
             text += f"; without a box: {self._crowds:,} crowds"
         present = {entry.name for entry in os.scandir(self.folder) if is_image(entry.name)}
-        missing = [file for file in self._files if "/" not in file and file not in present]
-        if missing:
-            text += f"; missing: {len(missing):,} files, {missing[0]} first"
-        return text
+        return text + missing_files([file for file in self._files if "/" not in file], present)
 
 
 def _pairs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from casm_fast.data.decoding import Decoder, decode
 from casm_fast.data.listing import check_folder, class_listing, image_names, subfolders
+
+logger = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -24,6 +27,7 @@ class FolderSource:
         has_boxes: Always false.
         root: The folder.
         files: Paths relative to ``root``.
+        found: A sentence about what was found, and what is missing.
     """
 
     has_boxes = False
@@ -59,6 +63,10 @@ class FolderSource:
                 )
             self.files, labels = class_listing(self.root, list(self.classes))
         self._labels = np.array(labels, np.int64)
+        kind = f"of {len(self.classes):,} classes in folders" if self.classes else "without classes"
+        missing = "boxes" if self.classes else "labels and boxes"
+        self.found = f"folder: {len(self):,} images in {root}, {kind}; missing: {missing}"
+        logger.info("%s", self.found)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -90,6 +98,7 @@ class PhotoSource:
         classes: ().
         has_boxes: Always false.
         path: The file.
+        found: A sentence about what was found, and what is missing.
     """
 
     classes: tuple[str, ...] = ()
@@ -97,6 +106,8 @@ class PhotoSource:
 
     def __init__(self, path: str | Path, *, decoder: Decoder = decode) -> None:
         self.path, self.name, self._decoder = Path(path), str(path), decoder
+        self.found = f"picture: {path}; missing: its label and boxes"
+        logger.info("%s", self.found)
 
     def __len__(self) -> int:
         """1."""

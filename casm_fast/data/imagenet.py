@@ -6,7 +6,9 @@
 | val | val/<wnid>/*.JPEG, or flat val/*.JPEG |
 | the same, as Kaggle packs it | ILSVRC/Data/CLS-LOC/{train,val}, or Data/CLS-LOC/{train,val} |
 | boxes | PARENT/{train,val}, or a given folder; flat or in class folders |
-| PARENT | Annotations/CLS-LOC, Annotations, bbox, annotations (the last also without val) |
+| PARENT | Annotations/CLS-LOC, Annotations, bbox, annotations (the last also without val), \
+ILSVRC2012_bbox_val_v3, ILSVRC2012_bbox_train_v2 (also without val or train) |
+| boxes where there are no XML files | LOC_{train,val}_solution.csv |
 | classes of a flat val | LOC_val_solution.csv, a ground-truth list, or the XML files |
 | order of the classes | LOC_synset_mapping.txt, else the sorted folders of train, else of val |
 """
@@ -29,7 +31,13 @@ from casm_fast.data.annotations import (
     read_solution,
 )
 from casm_fast.data.decoding import Decoder, decode
-from casm_fast.data.listing import check_folder, class_listing, image_names, subfolders
+from casm_fast.data.listing import (
+    check_folder,
+    class_listing,
+    image_names,
+    missing_files,
+    subfolders,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +74,7 @@ class ImageNetSource:
         folder: The folder of the split's images.
         files: Paths relative to ``folder``.
         annotations: The folder of XML files, None when there is none.
+        solution: Kaggle's list of boxes and classes, None when there is none.
     """
 
     def __init__(
@@ -113,6 +122,7 @@ class ImageNetSource:
         elif (self.root / "Data").is_dir():
             self._places.append(self.root.parent)  # root is Kaggle's ILSVRC, its lists lie above
         self.annotations = self._find_annotations(annotations)
+        self.solution = self._find(f"LOC_{split}_solution.csv")
 
         mapping = self._find("LOC_synset_mapping.txt")
         known = read_mapping(mapping) if mapping else {}
@@ -147,7 +157,9 @@ class ImageNetSource:
                 labels = [labels[k] for k in order]
         self._labels = np.array(labels, np.int64)
         self.descriptions = tuple(known.get(wnid) or wnid for wnid in self.classes)
-        self.has_boxes = self.annotations is not None or (split == "val" and bool(self._solution))
+        self.has_boxes = self.annotations is not None or self.solution is not None
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", self.found)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -169,16 +181,35 @@ class ImageNetSource:
         """Boxes of the objects of the image's class, ``[n, 4]`` (x0, y0, x1, y1) half-open.
 
         The coordinates stand in the annotation as they are, see `read_annotation`. Objects of other
-        classes are left out; an image without an XML file has no boxes.
+        classes are left out; an image without an XML file has no boxes. The boxes of Kaggle's list,
+        the same numbers, are taken where there are no XML files.
 
         Raises:
-            ValueError: The XML cannot be read.
+            ValueError: The annotation cannot be read.
         """
         annotation = self._annotation(index)
         if annotation is None:
             return _NO_BOXES
         wnid = self.classes[self._labels[index]]
         return annotation.boxes[[name == wnid for name in annotation.names]]
+
+    @cached_property
+    def found(self) -> str:
+        """A sentence about what was found, and what is missing."""
+        kind = "class folders" if any("/" in file for file in self.files[:1]) else "flat"
+        text = (
+            f"imagenet: {self.split} with {len(self):,} images of {len(self.classes):,} classes in "
+            f"{self.folder} ({kind})"
+        )
+        if self.annotations is not None:
+            text += f", boxes from the XML files in {self.annotations}"
+            present = _xml_stems(self.annotations)
+        elif self.solution is not None:
+            text += f", boxes from {self.solution}"
+            present = set(self._solution)
+        else:
+            return text + "; missing: boxes"
+        return text + missing_files([self._stem(k) for k in range(len(self))], present, "boxes of")
 
     # --- finding things ---------------------------------------------------------------------------
 
@@ -192,8 +223,9 @@ class ImageNetSource:
         if given is not None:
             check_folder(Path(given), "imagenet annotations")
             return Path(given)
-        parents = ("Annotations/CLS-LOC", "Annotations", "bbox", "annotations")
-        names = [f"{parent}/{self.split}" for parent in parents]
+        official = f"ILSVRC2012_bbox_{'val_v3' if self.split == 'val' else 'train_v2'}"
+        parents = ("Annotations/CLS-LOC", "Annotations", "bbox", "annotations", official)
+        names = [f"{parent}/{self.split}" for parent in parents] + [official]
         names += ["annotations", "Annotations"] if self.split == "val" else []
         for name in names:
             folder = self._find(name)
@@ -212,12 +244,11 @@ class ImageNetSource:
                 if path.is_file():
                     return read_annotation(path)
             return None
-        return self._solution.get(stem) if self.split == "val" else None
+        return self._solution.get(stem)
 
     @cached_property
     def _solution(self) -> dict[str, Annotation]:
-        path = self._find("LOC_val_solution.csv")
-        return read_solution(path) if path else {}
+        return read_solution(self.solution) if self.solution else {}
 
     def _flat_classes(self, ground_truth: str | Path | None, listed: tuple[str, ...]) -> list[str]:
         """The wnid of every file of a flat val."""
@@ -271,3 +302,10 @@ def _holds_xml(folder: Path) -> bool:
             if entry.is_dir():
                 nested.append(entry.path)
     return any(name.endswith(".xml") for inner in sorted(nested)[:1] for name in os.listdir(inner))
+
+
+def _xml_stems(folder: Path) -> set[str]:
+    """Names without extension of the XML files in a folder and in its class folders."""
+    places = [folder, *(folder / name for name in subfolders(folder))]
+    files = (name for place in places for name in os.listdir(place))
+    return {name.removesuffix(".xml") for name in files if name.endswith(".xml")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 EXTENSIONS = frozenset(
@@ -35,6 +36,13 @@ def image_names(folder: Path, *, recursive: bool = False) -> list[str]:
     return sorted(names)
 
 
+def holds_image(folder: Path) -> bool:
+    """Whether an image file lies in a folder or below it."""
+    return any(
+        is_image(name) for _, _, files in os.walk(folder, followlinks=True) for name in files
+    )
+
+
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones are left out."""
     with os.scandir(folder) as entries:
@@ -49,6 +57,12 @@ def check_folder(folder: Path, what: str) -> None:
         )
     if not folder.is_dir():
         raise NotADirectoryError(f"{what}: expected a folder, got the file {folder}")
+
+
+def missing_files(files: Sequence[str], present: Container[str], what: str = "files") -> str:
+    """How a sentence about a set ends when files of it are missing: "; missing: …", or ""."""
+    missing = [file for file in files if file not in present]
+    return f"; missing: {len(missing):,} {what}, {missing[0]} first" if missing else ""
 
 
 def class_listing(folder: Path, classes: list[str]) -> tuple[list[str], list[int]]:

@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 
 from casm_fast.data.coco import CocoSource, annotation_files
 from casm_fast.data.decoders import DecoderName, choose_decoder
+from casm_fast.data.decoding import Decoder
 from casm_fast.data.folder import FolderSource, PhotoSource
 from casm_fast.data.imagenet import ImageNetSource, images_root
-from casm_fast.data.listing import is_image
+from casm_fast.data.listing import holds_image, is_image
 from casm_fast.data.synthetic import open_synthetic
+from casm_fast.data.voc import VocSource, voc_folders
+from casm_fast.data.wsol import IDS, WsolSource, metadata_folders
 
-_KINDS = ("imagenet", "imagenet-val", "imagenet-train", "coco", "folder")
+_KINDS = ("imagenet", "imagenet-val", "imagenet-train", "folder")
+_OF_SETS = ("coco", "voc", "wsol")
+"""Kinds that may name a set of their own after a hyphen: "coco-val2014", "voc-test2007"."""
 
 
 @runtime_checkable
@@ -90,11 +95,19 @@ def open_source(
     | "imagenet-val:DIR", "imagenet-train:DIR" | that split, whatever is asked for |
     | "coco:DIR" | COCO, the split asked for; (picture, category) pairs |
     | "coco-val2014:DIR", "coco-train2017:DIR", … | that set, whatever is asked for |
+    | "voc:DIR" | PASCAL VOC, the split asked for; (picture, class) pairs |
+    | "voc-test2007:DIR", "voc-trainval2012:DIR", … | that set, whatever is asked for |
+    | "wsol:METADATA", "wsol-test:METADATA", … | wsolevaluation's metadata files and images |
+    | "wsol:METADATA,images=DIR", "wsol:METADATA,proxy" | with the images in DIR; the proxy set |
     | "folder:DIR" | class subfolders, or one flat folder; has no splits |
     | a picture file | that picture |
-    | a path | COCO when it holds annotations/instances_*.json, ImageNet when it holds train or val
-        folders, else a folder |
+    | a path | by looking: COCO when it holds annotations/instances_*.json, VOC when JPEGImages
+        (there, in VOC2007 or in VOCdevkit/VOC2007), wsolevaluation when image_ids.txt (there, in a
+        split or in metadata/*/*), ImageNet when train or val folders, else a folder of images |
     | an `ImageSource` | itself |
+
+    Every source says in a sentence what was found and what is missing: its attribute ``found``,
+    which is logged as information.
 
     Args:
         spec: What to open.
@@ -115,30 +128,67 @@ def open_source(
     if kind == "synthetic":
         return open_synthetic(rest, split)
     family, _, part = kind.partition("-")
-    if colon and (kind in _KINDS or (family == "coco" and part)):
+    if colon and (kind in (*_KINDS, *_OF_SETS) or (family in _OF_SETS and part)):
         if not rest:
             raise ValueError(f'open_source: expected a path after "{kind}:", got none')
-        path = Path(rest)
-    else:
-        path = Path(spec)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"open_source: there is no {path}; give an existing path, synthetic, "
-                "imagenet:DIR, imagenet-val:DIR, coco:DIR or folder:DIR"
-            )
-        family, part = _family(path), ""
+        return _open(family, rest, part or split, choose_decoder(decoder))
+    path = Path(spec)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"open_source: there is no {path}; give an existing path, synthetic, imagenet:DIR, "
+            "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR or folder:DIR"
+        )
     reader = choose_decoder(decoder)
-    if not colon and path.is_file() and is_image(path.name):
+    if path.is_file() and is_image(path.name):
         return PhotoSource(path, decoder=reader)
+    return _open(_family(path), str(path), split, reader)
+
+
+def _open(family: str, path: str, split: str, decoder: Decoder) -> ImageSource:
     if family == "folder":
-        return FolderSource(path, decoder=reader)
+        return FolderSource(path, decoder=decoder)
     if family == "coco":
-        return CocoSource(path, part or split, decoder=reader)
-    return ImageNetSource(path, part or split, decoder=reader)
+        return CocoSource(path, split, decoder=decoder)
+    if family == "voc":
+        return VocSource(path, split, decoder=decoder)
+    if family == "wsol":
+        lists, given, images = path.removesuffix(",proxy").partition(",images=")
+        proxy = path.endswith(",proxy")
+        return WsolSource(
+            lists, split, images=images if given else None, proxy=proxy, decoder=decoder
+        )
+    return ImageNetSource(path, split, decoder=decoder)
 
 
 def _family(path: Path) -> str:
-    """The kind of source that a path holds, by looking."""
-    if annotation_files(path):
-        return "coco"
-    return "folder" if images_root(path) is None else "imagenet"
+    """The kind of source that a path holds, by looking.
+
+    Folders called train or val are the weakest sign: other layouts may hold them, too.
+
+    Raises:
+        FileNotFoundError: There is nothing like a set of images.
+        ValueError: There are several kinds.
+    """
+    if not path.is_dir():
+        return "folder"
+    signs = {
+        "coco": [str(file) for file in annotation_files(path).values()],
+        "voc": [f"{folder / 'JPEGImages'}" for folder in voc_folders(path)],
+        "wsol": [f"{folder / IDS}" for folder in metadata_folders(path)],
+    }
+    seen = [family for family, files in signs.items() if files]
+    if len(seen) > 1:
+        what = " and ".join(f"{family} ({signs[family][0]})" for family in seen)
+        specs = " or ".join(f"{family}:{path}" for family in seen)
+        raise ValueError(f"open_source: expected one layout in {path}, got {what}; say {specs}")
+    if seen:
+        return seen[0]
+    if images_root(path) is not None:
+        return "imagenet"
+    if not holds_image(path):
+        raise FileNotFoundError(
+            f"open_source: expected images in {path}: train/ or val/ (ImageNet), annotations/"
+            "instances_*.json (COCO), JPEGImages/ (VOC), image_ids.txt (wsolevaluation), or a "
+            "folder of image files, got none of these; give the folder that holds one"
+        )
+    return "folder"

@@ -23,6 +23,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -46,6 +47,8 @@ from casm_fast.data.drawing import (
     colour,
     paint,
 )
+
+logger = logging.getLogger(__name__)
 
 IMAGES = {"train": 4000, "val": 1000}
 """How many pictures each split has when nothing else is said."""
@@ -103,6 +106,16 @@ class SyntheticSource:
     def has_boxes(self) -> bool:
         """Always true."""
         return True
+
+    @property
+    def found(self) -> str:
+        """A sentence about what it holds; nothing can be missing."""
+        emblems = "" if self.emblem is None else f", emblems of which {self.emblem} % are true"
+        size = self.images.shape[1]
+        return (
+            f"synthetic: {self.split} with {len(self):,} pictures of {size} x {size}, "
+            f"{len(self.classes)} classes, {len(self.box_table):,} boxes{emblems}"
+        )
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -260,7 +273,7 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
         values[key] = int(value)
     if split not in IMAGES:
         raise ValueError(f'synthetic: expected `split` "train" or "val", got {split!r}')
-    return generate(
+    source = generate(
         values.get("images", IMAGES[split]),
         values.get("size", 64),
         values.get("classes", 8),
@@ -268,6 +281,8 @@ def open_synthetic(options: str, split: str) -> SyntheticSource:
         split=split,
         emblem=values.get("emblem"),
     )
+    logger.info("%s", source.found)
+    return source
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -506,7 +521,7 @@ def write_tree(
         raise ValueError(
             f'write_tree: expected `layout` "folders", "flat" or "kaggle", got {layout!r}'
         )
-    _check_shape("write_tree", sides, aspect)
+    shape = FileShape("write_tree", sides, aspect, quality, greyscale, rotated, seed)
     root = Path(root)
     pictures = root / "ILSVRC/Data/CLS-LOC" if layout == "kaggle" else root
     notes = root / ("ILSVRC/Annotations/CLS-LOC/val" if layout == "kaggle" else annotations)
@@ -521,22 +536,13 @@ def write_tree(
             notes.mkdir(parents=True, exist_ok=True)
 
         def write(index: int, name: str = name, source: SyntheticSource = source) -> str:
-            rng = np.random.default_rng([seed, list(IMAGES).index(name), index])
-            image, objects = _draw_at_size(source, index, rng, sides, aspect)
-            boxes = _boxes(objects)
             label = wnid(source.label(index))
             stem = f"{label}_{index + 1}" if name == "train" else f"ILSVRC2012_val_{index + 1:08d}"
             folder = pictures / name / (label if name == "train" or layout == "folders" else "")
-            _write_jpeg(
-                folder / f"{stem}.JPEG",
-                image,
-                quality=quality,
-                grey=bool(rng.random() < greyscale),
-                rotate=bool(rng.random() < rotated),
-            )
+            drawn = draw(source, index, name, shape, folder / f"{stem}.JPEG")
             if name == "val":
-                _write_annotation(notes / f"{stem}.xml", label, image.shape[:2], boxes)
-            return " ".join(f"{label} {x0} {y0} {x1} {y1}" for x0, y0, x1, y1 in boxes)
+                _write_annotation(notes / f"{stem}.xml", label, drawn.size, drawn.boxes)
+            return " ".join(f"{label} {x0} {y0} {x1} {y1}" for x0, y0, x1, y1 in drawn.boxes)
 
         with ThreadPoolExecutor(workers) as pool:
             predictions = list(pool.map(write, range(len(source))))
@@ -591,7 +597,7 @@ def write_coco(
     Raises:
         ValueError: An argument is out of its range.
     """
-    _check_shape("write_coco", sides, aspect)
+    shape = FileShape("write_coco", sides, aspect, quality, greyscale, rotated, seed)
     root = Path(root)
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for name, source in (("train", train), ("val", val)):
@@ -606,20 +612,15 @@ def write_coco(
             source: SyntheticSource = source,
             folder: Path = folder,
         ) -> dict[str, Any]:
-            rng = np.random.default_rng([seed, list(IMAGES).index(name), index])
-            image, objects = _draw_at_size(source, index, rng, sides, aspect)
             path = folder / f"{index + 1:012d}.jpg"
-            grey, rotate = (bool(rng.random() < share) for share in (greyscale, rotated))
-            _write_jpeg(path, image, quality=quality, grey=grey, rotate=rotate)
-            label = source.label(index)
-            seen = objects[objects.any(axis=(1, 2))]
+            drawn = draw(source, index, name, shape, path)
             return {
                 "file_name": path.name,
-                "height": image.shape[0],
-                "width": image.shape[1],
+                "height": drawn.size[0],
+                "width": drawn.size[1],
                 "objects": [
-                    (label, box, run_lengths(mask))
-                    for box, mask in zip(_boxes(seen), seen, strict=True)
+                    (source.label(index), box, run_lengths(mask))
+                    for box, mask in zip(drawn.boxes, drawn.masks, strict=True)
                 ],
             }
 
@@ -635,11 +636,62 @@ def wnid(label: int) -> str:
     return f"n{90_000_000 + label}"
 
 
-def _check_shape(function: str, sides: tuple[int, int], aspect: float) -> None:
-    if not 16 <= sides[0] <= sides[1]:
-        raise ValueError(f"{function}: expected `sides` of 16 <= least <= largest, got {sides}")
-    if aspect < 1:
-        raise ValueError(f"{function}: expected `aspect` of at least 1, got {aspect}")
+@dataclass(frozen=True)
+class FileShape:
+    """How the files of a written set look; the arguments of `write_tree`.
+
+    Raises:
+        ValueError: An argument is out of its range; the message begins with ``function``.
+    """
+
+    function: str
+    sides: tuple[int, int]
+    aspect: float
+    quality: int
+    greyscale: float
+    rotated: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.sides[0] <= self.sides[1]:
+            raise ValueError(
+                f"{self.function}: expected `sides` of 16 <= least <= largest, got {self.sides}"
+            )
+        if self.aspect < 1:
+            raise ValueError(f"{self.function}: expected `aspect` of at least 1, got {self.aspect}")
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What a written file shows.
+
+    Attributes:
+        size: (height, width) of the upright picture.
+        boxes: ``[n, 4]`` int32 half-open boxes of its objects.
+        masks: ``[n, H, W]`` bool.
+    """
+
+    size: tuple[int, int]
+    boxes: NDArray[np.int32]
+    masks: NDArray[np.bool_]
+
+
+def draw(source: SyntheticSource, index: int, split: str, shape: FileShape, path: Path) -> Drawn:
+    """Writes one scene as a JPEG file, whose bytes depend on all arguments but ``path``.
+
+    Args:
+        source: An embedded set.
+        index: Of the picture.
+        split: "train" or "val"; they draw sizes and oddities from separate random streams.
+        shape: How files look.
+        path: The file.
+    """
+    rng = np.random.default_rng([shape.seed, list(IMAGES).index(split), index])
+    image, objects = _draw_at_size(source, index, rng, shape.sides, shape.aspect)
+    grey, rotate = (bool(rng.random() < share) for share in (shape.greyscale, shape.rotated))
+    _write_jpeg(path, image, quality=shape.quality, grey=grey, rotate=rotate)
+    seen = objects[objects.any(axis=(1, 2))]
+    return Drawn(image.shape[:2], _boxes(seen), seen)
 
 
 def _draw_at_size(
@@ -678,7 +730,7 @@ def _write_jpeg(
 
 
 def _write_annotation(
-    path: Path, label: str, size: tuple[int, ...], boxes: NDArray[np.int32]
+    path: Path, label: str, size: tuple[int, int], boxes: NDArray[np.int32]
 ) -> None:
     root = ElementTree.Element("annotation")
 

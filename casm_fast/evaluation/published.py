@@ -9,6 +9,7 @@ convention.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from casm_fast.data.predictions import Convention
@@ -102,6 +103,10 @@ CASM = (
 """Rows of Table 2 with the entropy score and the shared encoder."""
 
 
+# wsolevaluation calls ImageNet's validation images "test"; the boxes are the same numbers.
+_IMAGENET = re.compile(r"imagenet|wsol:(.*/)?ILSVRC/test(,|$)")
+
+
 def comparable(source: str, images: int, convention: Convention) -> tuple[Published, ...]:
     """The published results that were obtained by the same convention on the same images.
 
@@ -114,7 +119,7 @@ def comparable(source: str, images: int, convention: Convention) -> tuple[Publis
         The results, or an empty tuple where the comparison would not be fair.
     """
     same = (
-        source.startswith("imagenet")
+        _IMAGENET.match(source) is not None
         and images == IMAGES
         and convention.size == 224
         and convention.policy == "crop"

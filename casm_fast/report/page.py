@@ -561,6 +561,8 @@ def _place(source: str) -> str:
     kind, colon, rest = source.partition(":")
     if kind == "synthetic":
         return "of the embedded synthetic set"
+    if kind == "wsol":  # "wsol:metadata/ILSVRC/test,images=…"
+        return "from " + "/".join(Path(rest.partition(",images=")[0]).parts[-2:])
     where = Path(rest if colon else source).name
     return f"from {where} (ImageNet layout)" if kind.startswith("imagenet") else f"from {where}"
 
