@@ -262,7 +262,7 @@ def test_missing_things_are_named(tmp_path, trees):
             none,
             FileNotFoundError,
             f"open_source: there is no {none}; give an existing path, synthetic, imagenet:DIR, "
-            "imagenet-val:DIR, coco:DIR or folder:DIR",
+            "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR or folder:DIR",
         ),
         (
             f"imagenet:{none}",

@@ -16,6 +16,7 @@ _WNID = re.compile(r"n\d{8}")
 
 # Besides bad XML: values that are no numbers, and numbers that an int32 does not hold.
 _BAD_XML = (ElementTree.ParseError, ValueError, OverflowError)
+_MOST = 2**31 - 1  # an int32 holds
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,19 @@ class Annotation:
 
 @dataclass(frozen=True)
 class VocAnnotation:
-    """What an XML file of PASCAL VOC says about a picture with n objects.
+    """What an XML file of PASCAL VOC says about a picture.
 
     Attributes:
         size: (height, width), (0, 0) where the file does not say.
         names: Class of each object, such as "aeroplane".
-        boxes: ``[n, 4]`` int32 (x0, y0, x1, y1) half-open, in pixels; one without a pixel is
-            (0, 0, 0, 0).
-        difficult: ``[n]`` bool.
+        boxes: (x0, y0, x1, y1) of each, half-open, in pixels; (0, 0, 0, 0) without a pixel.
+        difficult: Whether each is marked as difficult.
     """
 
     size: tuple[int, int]
     names: tuple[str, ...]
-    boxes: NDArray[np.int32]
-    difficult: NDArray[np.bool_]
+    boxes: tuple[tuple[int, int, int, int], ...]
+    difficult: tuple[bool, ...]
 
 
 def read_annotation(path: Path) -> Annotation:
@@ -80,48 +80,50 @@ def read_voc(path: Path) -> VocAnnotation:
     """
     try:
         root = _root(path)
-        things = root.findall("object")
-        names = tuple((thing.findtext("name") or "").strip() for thing in things)
-        if "" in names:
-            raise ValueError(f"object {names.index('') + 1} has no name")
-        width, height = (
-            int(float(root.findtext(f"size/{tag}") or 0)) for tag in ("width", "height")
-        )
-        known = width > 0 and height > 0
-        bounds = np.array([_bounds(thing) for thing in things]).reshape(-1, 4)
-        boxes = np.concatenate([np.floor(bounds[:, :2]) - 1, np.ceil(bounds[:, 2:])], axis=1)
-        boxes = np.clip(boxes, 0, [width, height] * 2 if known else 2**31 - 1).astype(np.int32)
-        boxes[(boxes[:, 2:] <= boxes[:, :2]).any(axis=1)] = 0
-        difficult = [_flag(thing, "difficult") for thing in things]
+        size = {child.tag: child.text for tag in root.findall("size") for child in tag}
+        height, width = (int(float(size.get(tag) or 0)) for tag in ("height", "width"))
+        height, width = (height, width) if min(height, width) > 0 else (0, 0)
+        names, boxes, difficult = [], [], []
+        for number, thing in enumerate(root.findall("object"), 1):
+            tags = {child.tag: child for child in thing}
+            name = (tags["name"].text or "").strip() if "name" in tags else ""
+            if not name:
+                raise ValueError(f"object {number} has no name")
+            names.append(name)
+            boxes.append(_half_open(_bounds(thing), width or _MOST, height or _MOST))
+            flag = (tags["difficult"].text or "").strip() if "difficult" in tags else "0"
+            if flag not in ("0", "1"):
+                raise ValueError(f"expected 0 or 1 for difficult, got {flag!r}")
+            difficult.append(flag == "1")
     except _BAD_XML as error:
         raise ValueError(f"cannot read the annotation {path}: {error}") from error
-    size = (height, width) if known else (0, 0)
-    return VocAnnotation(size, names, boxes, np.array(difficult, np.bool_))
+    return VocAnnotation((height, width), tuple(names), tuple(boxes), tuple(difficult))
+
+
+def _half_open(bounds: list[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """From VOC's pixels, counted from 1, both ends inside, to half-open ones from 0."""
+    xmin, ymin, xmax, ymax = bounds
+    x0, y0 = max(math.floor(xmin) - 1, 0), max(math.floor(ymin) - 1, 0)
+    x1, y1 = min(math.ceil(xmax), width), min(math.ceil(ymax), height)
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else (0, 0, 0, 0)
 
 
 def _root(path: Path) -> ElementTree.Element:
     return ElementTree.fromstring(path.read_bytes())
 
 
-def _flag(thing: ElementTree.Element, tag: str) -> bool:
-    """A flag of an object, false where it is left out."""
-    text = (thing.findtext(tag) or "0").strip()
-    if text not in ("0", "1"):
-        raise ValueError(f"expected 0 or 1 for {tag}, got {text!r}")
-    return text == "1"
-
-
 def _bounds(thing: ElementTree.Element) -> list[float]:
     """xmin, ymin, xmax, ymax as they stand; a ValueError names what is no number."""
+    box = thing.find("bndbox")
+    texts = {} if box is None else {child.tag: (child.text or "").strip() for child in box}
     bounds = []
     for tag in ("xmin", "ymin", "xmax", "ymax"):
-        text = (thing.findtext(f"bndbox/{tag}") or "").strip()
         try:
-            value = float(text)
+            value = float(texts.get(tag, ""))
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(f"expected a number for {tag}, got {text!r}")
+            raise ValueError(f"expected a number for {tag}, got {texts.get(tag, '')!r}")
         bounds.append(value)
     return bounds
 

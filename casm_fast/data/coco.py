@@ -197,12 +197,18 @@ class CocoSource:
         order = sorted(pairs)
         self._picture_of = np.array([picture for picture, _ in order], np.int64)
         self._labels = np.array([label for _, label in order], np.int64)
-        tables = []
-        for pair in order:
-            single = [note["bbox"] for note in pairs[pair] if not note.get("iscrowd")]
-            tables.append(_pixels(single, *self._sizes[pair[0]]))
-        self._boxes = np.concatenate(tables)
-        self._box_starts = np.cumsum([0, *map(len, tables)])
+        single = [
+            (k, note["bbox"])
+            for k, pair in enumerate(order)
+            for note in pairs[pair]
+            if not note.get("iscrowd")
+        ]
+        owners = np.array([k for k, _ in single], np.int64)
+        sizes = np.array(self._sizes, np.int64)[self._picture_of[owners]]
+        corners = _pixels([box for _, box in single], sizes)
+        kept = (corners[:, 2:] > corners[:, :2]).all(axis=1)
+        self._boxes: NDArray[np.int32] = corners[kept]
+        self._box_starts = np.searchsorted(owners[kept], np.arange(len(order) + 1))
         self._crowds = sum(bool(note.get("iscrowd")) for notes in pairs.values() for note in notes)
 
     @cached_property
@@ -248,14 +254,15 @@ def _pairs(
     return pairs
 
 
-def _pixels(boxes: Sequence[Sequence[float]], height: int, width: int) -> NDArray[np.int32]:
-    """(x, y, width, height) as half-open corners of whole pixels; what covers none is left out."""
+def _pixels(boxes: Sequence[Sequence[float]], sizes: NDArray[np.int64]) -> NDArray[np.int32]:
+    """(x, y, width, height) as half-open corners of whole pixels within (height, width)."""
     table = np.array(boxes, np.float64).reshape(-1, 4)
     low = np.floor(table[:, :2] + _SLACK)
     high = np.ceil(table[:, :2] + table[:, 2:] - _SLACK)
-    corners = np.clip(np.concatenate([low, high], axis=1), 0, [width, height] * 2).astype(np.int32)
-    kept: NDArray[np.int32] = corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)]
-    return kept
+    corners: NDArray[np.int32] = np.clip(
+        np.concatenate([low, high], axis=1), 0, np.tile(sizes[:, ::-1], 2)
+    ).astype(np.int32)
+    return corners
 
 
 # --- writing --------------------------------------------------------------------------------------

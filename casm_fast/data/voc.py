@@ -224,8 +224,8 @@ class VocSource:
         picture = np.repeat(np.arange(len(notes)), [len(note.names) for note in notes])
         label = np.array([label_of[name] for note in notes for name in note.names], np.int64)
         number = np.concatenate([np.arange(1, len(note.names) + 1) for note in notes])
-        boxes = np.concatenate([note.boxes for note in notes])
-        difficult = np.concatenate([note.difficult for note in notes])
+        boxes = np.array([box for note in notes for box in note.boxes], np.int32).reshape(-1, 4)
+        difficult = np.array([flag for note in notes for flag in note.difficult], np.bool_)
         self._boxless = int((boxes[:, 2] == 0).sum())
         if not len(boxes):
             raise ValueError(
