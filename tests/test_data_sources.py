@@ -1,25 +1,40 @@
-"""ImageNet in every layout, folders, and the specs that open them."""
+"""ImageNet in every layout, folders, the specs that open them, and one score in all layouts."""
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from casm_fast.data import (
+    CocoSource,
     DecodeError,
     FolderSource,
     ImageNetSource,
     ImageSource,
+    VocSource,
+    WsolSource,
     generate,
     open_source,
+    write_coco,
     write_tree,
+    write_voc,
+    write_wsol,
 )
 from casm_fast.data.annotations import read_annotation, read_solution
 from casm_fast.data.synthetic import wnid
+from casm_fast.evaluation import evaluate
+from casm_fast.extraction import export, extract
+from casm_fast.models.saliency import SaliencyModel
+from casm_fast.report import report
 
 WNIDS = tuple(wnid(label) for label in range(8))
 
@@ -118,7 +133,32 @@ def test_kaggle_boxes_from_the_solution_alone(trees, sets, tmp_path):
     check(source, sets[1])
 
 
-@pytest.mark.parametrize("place", ["bbox/val", "annotations/val", "Annotations/val", "Annotations"])
+def test_kaggle_boxes_of_train_from_the_solution(trees, tmp_path):
+    root = copy(trees / "kaggle", tmp_path)
+    name = min((root / "ILSVRC/Data/CLS-LOC/train/n90000003").iterdir()).stem
+    lines = f"ImageId,PredictionString\n{name},n90000003 1 2 3 4 n90000003 5 6 7 8 \n"
+    (root / "LOC_train_solution.csv").write_text(lines)
+    source = ImageNetSource(root, "train")
+    assert source.has_boxes
+    boxes = {source.image_id(k): source.boxes(k).tolist() for k in range(24)}
+    assert boxes.pop(f"n90000003/{name}.JPEG") == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert not any(boxes.values())
+    (root / "LOC_train_solution.csv").write_text(lines + "x,n90000003 1\n")
+    with pytest.raises(ValueError, match=r"LOC_train_solution\.csv, line 3: expected an image id"):
+        ImageNetSource(root, "train").boxes(0)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "bbox/val",
+        "annotations/val",
+        "Annotations/val",
+        "Annotations",
+        "ILSVRC2012_bbox_val_v3",
+        "ILSVRC2012_bbox_val_v3/val",
+    ],
+)
 def test_annotations_are_found(trees, sets, tmp_path, place):
     root = copy(trees / "folders", tmp_path / "a")
     (root / "Annotations").rename(tmp_path / "b")
@@ -231,6 +271,206 @@ def test_broken_image_is_named(folder):
     )
 
 
+# --- one score in all layouts ---------------------------------------------------------------------
+
+
+class Painted(SaliencyModel):
+    """Saliency is how far a pixel's red is from the picture's mean; logits are random features."""
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        nn.Module.__init__(self)
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(len(classes), 3 * 16, generator=generator))
+        self.classes = classes
+        self.input_size = 32
+        self.resize_policy = "crop"
+        self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.classifier = self.decoder = SimpleNamespace(description=dict)
+        self.separate_encoder = None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        red = nn.functional.avg_pool2d(images[:, :1], 2)
+        features = nn.functional.avg_pool2d(images, 8).flatten(1)
+        logits = (features - features.mean(1, keepdim=True)) @ self.weight.T
+        return (red - red.mean((2, 3), keepdim=True)).abs(), logits
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The same twenty pictures in every layout, and the spec of each."""
+    root = tmp_path_factory.mktemp("layouts")
+    val = generate(20, seed=1, split="val")
+    options = {"sides": (40, 64), "greyscale": 0.2, "rotated": 0.2}
+    for layout in ("folders", "flat", "kaggle"):
+        write_tree(root / layout, None, val, layout=layout, **options)
+    copy(root / "kaggle", root / "solution")
+    shutil.rmtree(root / "solution/ILSVRC/Annotations")
+    write_coco(root / "coco", None, val, **options)
+    write_voc(root / "voc", None, None, test=val, **options)
+    write_wsol(root / "wsol", None, None, test=val, **options)
+    return {
+        "folders": root / "folders",
+        "flat": root / "flat",
+        "kaggle": root / "kaggle",
+        "solution": root / "solution",
+        "coco": root / "coco",
+        "voc": f"voc-test2007:{root}/voc",
+        "wsol": f"wsol-test:{root}/wsol",
+    }
+
+
+@pytest.fixture(scope="module")
+def first_scores(layouts):
+    val = generate(20, seed=1, split="val")
+    made = extract(Painted(val.classes), layouts["folders"], batch_size=8)
+    return made.table, evaluate(made)
+
+
+@pytest.mark.parametrize("layout", ["flat", "kaggle", "solution", "coco", "voc", "wsol"])
+def test_the_same_pictures_have_the_same_scores(layouts, first_scores, layout):
+    table, scores = first_scores
+    assert scores.localisation is not None
+    assert 0 < scores.localisation.le < 1
+    assert 0 < scores.top1 < 1
+    val = generate(20, seed=1, split="val")
+    source = open_source(layouts[layout])
+    reference = open_source(layouts["folders"])
+    for k in range(20):
+        np.testing.assert_array_equal(source.boxes(k), reference.boxes(k))
+        np.testing.assert_array_equal(source.image(k), reference.image(k))
+    made = extract(Painted(val.classes), layouts[layout], batch_size=8)
+    assert made.description.source == source.name
+    # What an image is called, and the random baseline drawn from it, are the layout's.
+    assert made.table.drop_columns(["image_id"]).equals(table.drop_columns(["image_id"]))
+    assert made.table["label"].to_pylist() == val.labels.tolist()
+    got = evaluate(made)
+    for name in ("localisation", "top1", "top5", "saliency", "counts"):
+        assert getattr(got, name) == getattr(scores, name)
+    assert "Localisation on " + source.name in str(got)
+
+
+@pytest.mark.parametrize("layout", ["voc", "wsol"])
+def test_a_table_finds_its_pictures_again(layouts, tmp_path, layout):
+    val = generate(20, seed=1, split="val")
+    model = Painted(val.classes)
+    made = extract(model, layouts[layout], tmp_path / "boxes.parquet", limit=6)
+    page = report(made.path, evaluate(made), tmp_path / "page.html", model=model)
+    assert open_source(layouts[layout]).image_id(0) in page.read_text()
+    results, truth = export(made.path, tmp_path / "results.json", category="label")
+    shown = json.loads(truth.read_text())
+    assert [len(shown[key]) for key in ("images", "categories")] == [6, 8]
+    notes = [note["category_id"] - 1 for note in shown["annotations"]]
+    assert sorted(set(notes)) == sorted(set(val.labels[:6].tolist()))
+    assert len(json.loads(results.read_text())) == 6
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def test_a_path_is_opened_by_looking(layouts, folder, tmp_path):
+    write_wsol(tmp_path / "tuned", None, generate(4, split="val"), sides=(20, 30))
+    write_voc(tmp_path / "voc", None, generate(4, split="val"), sides=(20, 30))
+    for path, kind in (
+        (layouts["folders"], ImageNetSource),
+        (layouts["kaggle"], ImageNetSource),
+        (layouts["kaggle"] / "ILSVRC", ImageNetSource),
+        (layouts["coco"], CocoSource),
+        (tmp_path / "voc", VocSource),
+        (tmp_path / "tuned", WsolSource),
+        (folder, FolderSource),
+        (folder / "cat", FolderSource),
+    ):
+        assert type(open_source(path)) is kind
+        assert type(open_source(str(path))) is kind
+
+
+def test_every_source_says_what_was_found_and_what_is_missing(
+    sets, trees, layouts, folder, tmp_path_factory, caplog
+):
+    val = sets[1]
+    root = tmp_path_factory.mktemp("found")
+    cut = copy(trees / "folders", root / "cut")
+    for number in (3, 9):
+        (cut / f"Annotations/CLS-LOC/val/ILSVRC2012_val_{number:08d}.xml").unlink()
+    nested = copy(trees / "flat", root / "nested")
+    (nested / "annotations/n90000000").mkdir()
+    for path in (nested / "annotations").glob("*.xml"):
+        path.rename(nested / "annotations/n90000000" / path.name)
+    short = layouts["solution"] / "LOC_val_solution.csv"
+    picture = folder / "cat/a.jpg"
+    kaggle = f"{layouts['solution']}/ILSVRC/Data/CLS-LOC/val"
+    cases = {
+        trees / "folders": (
+            f"imagenet: val with 20 images of 8 classes in {trees}/folders/val (class folders), "
+            f"boxes from the XML files in {trees}/folders/Annotations/CLS-LOC/val"
+        ),
+        f"imagenet-train:{trees}/folders": (
+            f"imagenet: train with 24 images of 8 classes in {trees}/folders/train (class folders);"
+            " missing: boxes"
+        ),
+        cut: (
+            f"imagenet: val with 20 images of 8 classes in {cut}/val (class folders), boxes from "
+            f"the XML files in {cut}/Annotations/CLS-LOC/val; missing: boxes of 2 images, "
+            "ILSVRC2012_val_00000003 first"
+        ),
+        nested: (
+            f"imagenet: val with 20 images of 8 classes in {nested}/val (flat), boxes from the XML "
+            f"files in {nested}/annotations"
+        ),
+        layouts["solution"]: (
+            f"imagenet: val with 20 images of 8 classes in {kaggle} (flat), boxes from {short}"
+        ),
+        folder: f"folder: 3 images in {folder}, of 2 classes in folders; missing: boxes",
+        folder / "cat": (
+            f"folder: 2 images in {folder}/cat, without classes; missing: labels and boxes"
+        ),
+        picture: f"picture: {picture}; missing: its label and boxes",
+        "synthetic:images=20,seed=1": (
+            "synthetic: val with 20 pictures of 64 x 64, 8 classes, "
+            f"{sum(len(val.boxes(k)) for k in range(20))} boxes"
+        ),
+        "synthetic:images=9,emblem=60": (
+            "synthetic: val with 9 pictures of 64 x 64, 8 classes, 9 boxes, emblems of which 60 % "
+            "are true"
+        ),
+    }
+    for spec, sentence in cases.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="casm_fast.data"):
+            source = open_source(spec)
+        assert source.found == sentence
+        assert caplog.messages[-1:] == [sentence]
+        assert caplog.messages.count(sentence) == 1
+
+
+def test_trees_of_two_layouts_and_of_none_are_named(tmp_path):
+    both, none = tmp_path / "both", tmp_path / "none"
+    val = generate(4, split="val")
+    write_coco(both, None, val, sides=(20, 30))
+    write_voc(both, None, val, sides=(20, 30))
+    (both / "train").mkdir()
+    with pytest.raises(ValueError) as caught:
+        open_source(both)
+    assert str(caught.value) == (
+        f"open_source: expected one layout in {both}, got coco ({both}/annotations/"
+        f"instances_val2017.json) and voc ({both}/VOCdevkit/VOC2007/JPEGImages); say coco:{both} "
+        f"or voc:{both}"
+    )
+    assert type(open_source(f"coco:{both}")) is CocoSource
+    none.mkdir()
+    (none / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError) as nothing:
+        open_source(none)
+    assert str(nothing.value) == (
+        f"open_source: expected images in {none}: train/ or val/ (ImageNet), annotations/"
+        "instances_*.json (COCO), JPEGImages/ (VOC), image_ids.txt (wsolevaluation), or a folder "
+        "of image files, got none of these; give the folder that holds one"
+    )
+    with pytest.raises(NotADirectoryError) as file:
+        open_source(none / "notes.txt")
+    assert str(file.value) == f"folder: expected a folder, got the file {none}/notes.txt"
+
+
 # --- specs ----------------------------------------------------------------------------------------
 
 
@@ -287,6 +527,8 @@ def test_missing_things_are_named(tmp_path, trees):
             f"{tmp_path / 'empty'}, got neither; give the folder that holds it",
         ),
         ("folder:", ValueError, 'open_source: expected a path after "folder:", got none'),
+        ("voc-test:", ValueError, 'open_source: expected a path after "voc-test:", got none'),
+        ("wsol:", ValueError, 'open_source: expected a path after "wsol:", got none'),
     ]
     for spec, kind, message in cases:
         with pytest.raises(kind) as caught:

@@ -294,8 +294,16 @@ def test_random_boxes_depend_on_the_image_alone() -> None:
 
 def test_published_figures_stand_only_beside_the_same_convention() -> None:
     paper = Convention(224, "crop", "mean", 1.0, "largest", 4)
-    assert published.comparable("imagenet-val:/data", 50_000, paper)[0].le == 0.361
+    for source in (
+        "imagenet-val:/data",
+        "wsol:/data/metadata/ILSVRC/test",
+        "wsol:ILSVRC/test,images=/data/val",
+    ):
+        assert published.comparable(source, 50_000, paper)[0].le == 0.361
     for source, images, other in (
+        ("wsol:/data/metadata/ILSVRC/val", 50_000, paper),
+        ("wsol:/data/metadata/CUB/test", 50_000, paper),
+        ("voc-test2007:/data/ILSVRC/test", 50_000, paper),
         ("synthetic:val", 50_000, paper),
         ("imagenet-val:/data", 49_999, paper),
         ("imagenet-val:/data", 50_000, Convention(224, "squash", "mean", 1.0, "largest", 4)),

@@ -24,7 +24,7 @@ from casm_fast.extraction import Extraction, extract
 from casm_fast.models import checkpoint
 from casm_fast.models.saliency import SaliencyModel, build_model
 from casm_fast.report import charts, gallery, pictures, report
-from casm_fast.report.page import verdict
+from casm_fast.report.page import _place, verdict
 
 LOG = [
     {"phase": "pretrain", "split": "train", "step": 5, "loss": 2.0, "accuracy": 0.1},
@@ -318,3 +318,19 @@ def test_what_cannot_be_reported_is_refused(folder: Path, extraction: Extraction
         with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
             report(extraction, output=folder / "x.html", **arguments)
     assert not (folder / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("synthetic:val,seed=3", "of the embedded synthetic set"),
+        ("imagenet-val:/data/ILSVRC", "from ILSVRC (ImageNet layout)"),
+        ("coco-val2017:/data/coco", "from coco"),
+        ("voc-test2007:/data/pascal", "from pascal"),
+        ("wsol:/data/metadata/CUB/test,images=/a/b,proxy", "from CUB/test"),
+        ("wsol:metadata/CUB/test", "from CUB/test"),
+        ("/data/photo.jpg", "from photo.jpg"),
+    ],
+)
+def test_the_page_says_where_images_come_from(source: str, words: str) -> None:
+    assert _place(source) == words

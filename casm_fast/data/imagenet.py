@@ -203,13 +203,15 @@ class ImageNetSource:
         )
         if self.annotations is not None:
             text += f", boxes from the XML files in {self.annotations}"
-            present = _xml_stems(self.annotations)
+            present = set(self._xml_files)
         elif self.solution is not None:
             text += f", boxes from {self.solution}"
             present = set(self._solution)
         else:
             return text + "; missing: boxes"
-        return text + missing_files([self._stem(k) for k in range(len(self))], present, "boxes of")
+        return text + missing_files(
+            [self._stem(k) for k in range(len(self))], present, "boxes of {} images"
+        )
 
     # --- finding things ---------------------------------------------------------------------------
 
@@ -236,15 +238,22 @@ class ImageNetSource:
     def _annotation(self, index: int) -> Annotation | None:
         stem = self._stem(index)
         if self.annotations is not None:
+            # Beside the image's own folder, or wherever the set of val's files has it.
             parent = self.files[index].rpartition("/")[0]
-            for path in (
-                self.annotations / f"{stem}.xml",
-                self.annotations / parent / f"{stem}.xml",
-            ):
-                if path.is_file():
-                    return read_annotation(path)
-            return None
+            places = [f"{stem}.xml", f"{parent}/{stem}.xml"]
+            path = next((p for p in places if (self.annotations / p).is_file()), None)
+            if path is None and self.split == "val":
+                path = self._xml_files.get(stem)
+            return None if path is None else read_annotation(self.annotations / path)
         return self._solution.get(stem)
+
+    @cached_property
+    def _xml_files(self) -> dict[str, str]:
+        """The XML files in the annotations' folder and in its class folders, by name."""
+        assert self.annotations is not None
+        places = ["", *(f"{name}/" for name in subfolders(self.annotations))]
+        files = [place + name for place in places for name in os.listdir(self.annotations / place)]
+        return {Path(file).stem: file for file in files if file.endswith(".xml")}
 
     @cached_property
     def _solution(self) -> dict[str, Annotation]:
@@ -302,10 +311,3 @@ def _holds_xml(folder: Path) -> bool:
             if entry.is_dir():
                 nested.append(entry.path)
     return any(name.endswith(".xml") for inner in sorted(nested)[:1] for name in os.listdir(inner))
-
-
-def _xml_stems(folder: Path) -> set[str]:
-    """Names without extension of the XML files in a folder and in its class folders."""
-    places = [folder, *(folder / name for name in subfolders(folder))]
-    files = (name for place in places for name in os.listdir(place))
-    return {name.removesuffix(".xml") for name in files if name.endswith(".xml")}

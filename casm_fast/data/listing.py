@@ -59,10 +59,10 @@ def check_folder(folder: Path, what: str) -> None:
         raise NotADirectoryError(f"{what}: expected a folder, got the file {folder}")
 
 
-def missing_files(files: Sequence[str], present: Container[str], what: str = "files") -> str:
+def missing_files(files: Sequence[str], present: Container[str], what: str = "{} files") -> str:
     """How a sentence about a set ends when files of it are missing: "; missing: …", or ""."""
     missing = [file for file in files if file not in present]
-    return f"; missing: {len(missing):,} {what}, {missing[0]} first" if missing else ""
+    return f"; missing: {what.format(f'{len(missing):,}')}, {missing[0]} first" if missing else ""
 
 
 def class_listing(folder: Path, classes: list[str]) -> tuple[list[str], list[int]]:

@@ -562,7 +562,8 @@ def _place(source: str) -> str:
     if kind == "synthetic":
         return "of the embedded synthetic set"
     if kind == "wsol":  # "wsol:metadata/ILSVRC/test,images=…"
-        return "from " + "/".join(Path(rest.partition(",images=")[0]).parts[-2:])
+        lists = rest.removesuffix(",proxy").partition(",images=")[0]
+        return "from " + "/".join(Path(lists).parts[-2:])
     where = Path(rest if colon else source).name
     return f"from {where} (ImageNet layout)" if kind.startswith("imagenet") else f"from {where}"
 
