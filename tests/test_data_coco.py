@@ -113,6 +113,12 @@ def test_boxes_are_rounded_outwards_and_clipped(tree):
     assert source.boxes(2).dtype == np.int32
 
 
+def test_what_an_evaluator_asks_of_a_pair(tree):
+    source = CocoSource(tree)
+    assert [source.picture_labels(k).tolist() for k in range(4)] == [[0, 1]] * 4
+    assert [source.size(k) for k in range(4)] == [(30, 20)] * 2 + [(40, 50)] * 2
+
+
 def test_masks_are_those_of_pycocotools(tree):
     source = CocoSource(tree)
     reference = oracle(source.annotations)

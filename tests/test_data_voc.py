@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
@@ -122,6 +125,21 @@ def test_boxes_cover_the_same_pixels_from_0_and_half_open(tree: Path) -> None:
     assert source.boxes(-1).tolist() == [[0, 1, 3, 4]]
     with pytest.raises(IndexError):
         source.boxes(5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(1, 30)] * 2, *[st.integers(1, 20)] * 2), max_size=4))
+def test_boxes_cover_the_pixels_that_voc_counts(ends: list[tuple[int, int, int, int]]) -> None:
+    boxes = [(min(x, u), min(y, v), max(x, u), max(y, v)) for x, u, y, v in ends]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.xml"
+        path.write_text(xml([("dog", EASY, box) for box in boxes]))
+        read = read_voc(path).boxes
+    for (xmin, ymin, xmax, ymax), (x0, y0, x1, y1) in zip(boxes, read, strict=True):
+        for row in range(20):
+            assert (y0 <= row < y1) == (ymin <= row + 1 <= ymax)
+        for column in range(30):
+            assert (x0 <= column < x1) == (xmin <= column + 1 <= xmax)
 
 
 def test_what_an_evaluator_asks_of_a_pair(tree: Path) -> None:

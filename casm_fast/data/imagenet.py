@@ -6,8 +6,8 @@
 | val | val/<wnid>/*.JPEG, or flat val/*.JPEG |
 | the same, as Kaggle packs it | ILSVRC/Data/CLS-LOC/{train,val}, or Data/CLS-LOC/{train,val} |
 | boxes | PARENT/{train,val}, or a given folder; flat or in class folders |
-| PARENT | Annotations/CLS-LOC, Annotations, bbox, annotations (the last also without val), \
-ILSVRC2012_bbox_val_v3, ILSVRC2012_bbox_train_v2 (also without val or train) |
+| PARENT | Annotations/CLS-LOC, Annotations, bbox, annotations (the last also without val) |
+| PARENT, also without val or train | ILSVRC2012_bbox_val_v3, ILSVRC2012_bbox_train_v2 |
 | boxes where there are no XML files | LOC_{train,val}_solution.csv |
 | classes of a flat val | LOC_val_solution.csv, a ground-truth list, or the XML files |
 | order of the classes | LOC_synset_mapping.txt, else the sorted folders of train, else of val |
