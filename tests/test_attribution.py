@@ -11,9 +11,25 @@ from torch import nn
 
 import casm_fast
 from casm_fast.attribution import METHODS, find, listing
+from casm_fast.models import SaliencyModel, build_model
 
 CLASSES = 5
-OPTIONS: dict[str, dict[str, Any]] = {}
+
+
+def a_saliency_model() -> SaliencyModel:
+    torch.manual_seed(0)
+    return build_model("compact", classes=CLASSES).double()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "occlusion": {"size": 5, "stride": 4},
+    "blur_occlusion": {"diameter": 5, "stride": 4, "softening": 1},
+    "variable_occlusion": {"count": 30},
+    "rise": {"masks": 30},
+    "guided_inversion": {"steps": 14},
+    "meaningful_perturbation": {"steps": 3, "mask_size": (6, 5), "blur_sigma": 2.0},
+    "casm": {"model": a_saliency_model()},
+}
 """Options that a method needs on the small network."""
 
 

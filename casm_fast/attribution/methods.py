@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from casm_fast.attribution import (
     baselines,
+    casm,
     gradient,
+    inversion,
     occlusion,
+    perturbation,
+    realtime,
     rise,
 )
 from casm_fast.attribution.problem import Method
@@ -16,6 +20,10 @@ METHODS: dict[str, Method] = {
         gradient,
         occlusion,
         rise,
+        inversion,
+        perturbation,
+        realtime,
+        casm,
         baselines,
     )
     for method in module.METHODS

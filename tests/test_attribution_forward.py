@@ -1,0 +1,357 @@
+"""Methods that need scores alone, and those that learn, beside scalar loops and captum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import captum.attr
+import numpy as np
+import pytest
+import scipy.ndimage
+import skimage.transform
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import casm_fast
+from casm_fast.attribution import occlusion, rise
+
+SIZE = (24, 20)
+
+
+class Scorer(nn.Module):
+    """Not linear, so that overlapping occluders matter; every image alone."""
+
+    def __init__(self, size: tuple[int, int] = SIZE) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4 * size[0] * size[1], 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.first(images)).flatten(1))
+
+
+class Patch(nn.Module):
+    """The mean of a patch: linear, with its evidence at a known place."""
+
+    def __init__(self, top: int, left: int, side: int) -> None:
+        super().__init__()
+        self.patch = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        read = images[self.patch].mean(dim=(1, 2, 3))
+        return torch.stack([read, -read], dim=1)
+
+
+def some_images(count: int = 2, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1)).double()
+
+
+def scores(net: nn.Module, images: np.ndarray, target: int) -> np.ndarray:
+    with torch.no_grad():
+        return net(torch.from_numpy(images))[:, target].numpy()
+
+
+def weighted_mean(net: nn.Module, image: np.ndarray, masks: list[np.ndarray], filled: np.ndarray):
+    """Each pixel's mean drop over the masks (1 hides), one mask at a time."""
+    before = scores(net, image[None], 1)[0]
+    total, number = np.zeros(image.shape[1:]), np.zeros(image.shape[1:])
+    for mask in masks:
+        drop = before - scores(net, (image * (1 - mask) + filled * mask)[None], 1)[0]
+        total += mask * drop
+        number += mask
+    return np.divide(total, number, out=np.zeros_like(total), where=number > 0)
+
+
+# --- squares
+
+
+def squares(size: tuple[int, int], side: int, stride: int) -> list[np.ndarray]:
+    masks = []
+    for top in range(0, size[0], stride):
+        for left in range(0, size[1], stride):
+            mask = np.zeros(size)
+            mask[top : top + side, left : left + side] = 1
+            masks.append(mask)
+    return masks
+
+
+@pytest.mark.parametrize(("side", "stride"), [(7, 3), (4, 4), (3, 5), (1, 1)])
+def test_occlusion_is_the_mean_drop_over_the_squares_that_cover_a_pixel(
+    side: int, stride: int
+) -> None:
+    net, images = Scorer().double(), some_images()
+    made = casm_fast.attribute("occlusion", net, images, 1, size=side, stride=stride)
+    for image, map_ in zip(images.numpy(), made[:, 0].numpy(), strict=True):
+        expected = weighted_mean(net, image, squares(SIZE, side, stride), np.zeros_like(image))
+        assert np.abs(map_ - expected).max() < 1e-12  # 3e-16 measured
+
+
+@pytest.mark.parametrize(("side", "stride", "seen"), [(4, 4, SIZE), (7, 3, (18, 15))])
+def test_occlusion_is_captum_s(side: int, stride: int, seen: tuple[int, int]) -> None:
+    """Beyond `seen` captum has no squares that are cut off, and the mean has fewer terms."""
+    net, images = Scorer().double().eval(), some_images()
+    expected = captum.attr.Occlusion(net).attribute(
+        images, (3, side, side), strides=(3, stride, stride), target=1
+    )
+    made = casm_fast.attribute("occlusion", net, images, 1, size=side, stride=stride)
+    inside = (slice(None), slice(None), slice(seen[0]), slice(seen[1]))
+    difference = (made[inside] - expected[:, :1][inside]).abs().max()
+    assert difference < 1e-6  # captum sums in float32; 6e-8 measured
+
+
+def test_occlusion_has_the_paper_s_784_squares() -> None:
+    shown = []
+
+    def classifier(images: torch.Tensor) -> torch.Tensor:
+        shown.append(images)
+        return images.mean(dim=(1, 2, 3))[:, None].expand(-1, 2)
+
+    images = torch.ones(1, 1, 224, 224)
+    casm_fast.attribute("occlusion", classifier, images, 0, batch_size=98)
+    occluded = torch.cat(shown[2:])  # the first pass counts classes, the second scores the image
+    assert len(occluded) == 784
+    hidden = (occluded == 0)[:, 0]
+    assert hidden[0, :35, :35].all()
+    assert hidden[0].sum() == 35 * 35
+    assert hidden[28 + 2, 8:43, 16:51].all()
+    assert hidden[30].sum() == 35 * 35
+    assert hidden[-1, 216:, 216:].all()
+    assert hidden[-1].sum() == 8 * 8
+    covered = hidden.sum(dim=0)
+    assert covered.min() == 1
+    assert covered.max() == 25
+
+
+@pytest.mark.parametrize("method", ["occlusion", "blur_occlusion", "rise"])
+def test_the_maximum_lies_in_the_patch_that_is_read(method: str) -> None:
+    size = (40, 48)
+    images = some_images(3, size).abs() + 1
+    images[..., 10:16, 30:36] += 3  # a blur changes it
+    options: dict[str, Any] = {"masks": 400} if method == "rise" else {"stride": 2}
+    options |= {"size": 6} if method == "occlusion" else {}
+    options |= {"diameter": 6, "softening": 1} if method == "blur_occlusion" else {}
+    made = casm_fast.attribute(method, Patch(10, 30, 6), images, 0, **options)
+    for map_ in made[:, 0]:
+        y, x = divmod(int(map_.argmax()), size[1])
+        assert 10 <= y < 16
+        assert 30 <= x < 36
+
+
+def test_an_occluder_that_changes_nothing_gets_nothing() -> None:
+    made = casm_fast.attribute("occlusion", Patch(0, 0, 4), some_images(), 0, size=3, stride=3)
+    assert made[..., 6:, :].abs().max() == 0
+    assert made[..., 6:].abs().max() == 0
+
+
+def test_pixels_between_the_squares_get_nothing() -> None:
+    made = casm_fast.attribute("occlusion", Scorer().double(), some_images(), 0, size=2, stride=5)
+    between = [row for row in range(SIZE[0]) if row % 5 >= 2]
+    assert made[:, :, between].abs().max() == 0
+    assert made[:, :, ::5, ::5].abs().min() > 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(5, 12), st.integers(5, 12), st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)
+)
+def test_a_score_that_hiding_cannot_change_gives_zeros(
+    height: int, width: int, side: int, stride: int, batch: int
+) -> None:
+    def constant(images: torch.Tensor) -> torch.Tensor:
+        return images.new_tensor([[2.0, 1.0]]).expand(len(images), -1)
+
+    images = some_images(2, (height, width))
+    made = casm_fast.attribute(
+        "occlusion", constant, images, 0, size=side, stride=stride, batch_size=batch
+    )
+    assert made.shape == (2, 1, height, width)
+    assert (made == 0).all()
+
+
+# --- discs
+
+
+def soft_disc(size: tuple[int, int], y: float, x: float, radius: float, sigma: float) -> np.ndarray:
+    mask = np.zeros(size)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            mask[row, column] = (row - y) ** 2 + (column - x) ** 2 < radius**2
+    return scipy.ndimage.gaussian_filter(mask, sigma, mode="mirror")
+
+
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    return scipy.ndimage.gaussian_filter(image, (0, sigma, sigma), mode="mirror")
+
+
+def test_blur_occlusion_is_the_weighted_mean_of_the_drops() -> None:
+    net, images = Scorer().double(), some_images()
+    options: dict[str, Any] = {"diameter": 7, "stride": 4, "softening": 1.5, "blur_sigma": 2.0}
+    made = casm_fast.attribute("blur_occlusion", net, images, 1, **options)
+    masks = [
+        soft_disc(SIZE, top + 3, left + 3, 3.5, 1.5)
+        for top in range(0, SIZE[0], 4)
+        for left in range(0, SIZE[1], 4)
+    ]
+    for image, map_ in zip(images.numpy(), made[:, 0].numpy(), strict=True):
+        expected = weighted_mean(net, image, masks, blur(image, 2.0))
+        assert np.abs(map_ - expected).max() < 1e-12  # 2e-15 measured
+
+
+def test_variable_occlusion_is_the_smallest_of_the_most_suppressive_tenth() -> None:
+    net, images = Scorer().double(), some_images(2)
+    options = occlusion.VariableOptions(count=60, softening=1.0, blur_sigma=2.0)
+    made = casm_fast.attribute(
+        "variable_occlusion", net, images, 1, count=60, softening=1.0, blur_sigma=2.0, seed=3
+    )
+    centres, radii = (drawn.numpy() for drawn in occlusion.draw(3, SIZE, options))
+    for image, map_ in zip(images.numpy(), made[:, 0].numpy(), strict=True):
+        blurred = blur(image, 2.0)
+        left = []
+        for (y, x), radius in zip(centres, radii, strict=True):
+            mask = soft_disc(SIZE, y - 0.5, x - 0.5, radius, 1.0)
+            left.append(scores(net, (image * (1 - mask) + blurred * mask)[None], 1)[0])
+        best = sorted(np.argsort(left)[:6], key=lambda n: radii[n])
+        expected = np.zeros(SIZE)
+        for row in range(SIZE[0]):
+            for column in range(SIZE[1]):
+                for rank, n in enumerate(best):
+                    y = min(max(math.floor(centres[n, 0]), 0), SIZE[0] - 1)
+                    x = min(max(math.floor(centres[n, 1]), 0), SIZE[1] - 1)
+                    distance = math.hypot(row - y, column - x)
+                    if distance < radii[n] or distance == 0:
+                        expected[row, column] = (6 - rank - distance / radii[n]) / 6
+                        break  # the smallest wins
+        assert np.abs(map_ - expected).max() < 1e-12  # 2e-16 measured
+        # The paper's point: the centre of the smallest.
+        y, x = divmod(int(map_.argmax()), SIZE[1])
+        assert (y, x) == tuple(np.clip(np.floor(centres[best[0]]), 0, np.array(SIZE) - 1))
+
+
+def test_the_discs_of_variable_occlusion_follow_the_paper_s_distributions() -> None:
+    options = occlusion.VariableOptions(count=20000)
+    centres, radii = (drawn.numpy() for drawn in occlusion.draw(0, (224, 224), options))
+    logarithm = np.log(np.pi * radii**2)
+    # Standard errors are 0.009, 0.34, 0.46; five of them.
+    assert abs(logarithm.mean() - 7.5060) < 0.05
+    assert abs(logarithm.std() - 1.2848) < 0.04
+    assert abs(centres[:, 0].mean() - 116.0759) < 1.7
+    assert abs(centres[:, 0].std() - 47.5054) < 1.2
+    assert abs(centres[:, 1].mean() - 112) < 2.3
+    assert 0 <= centres[:, 1].min() < 1
+    assert 223 < centres[:, 1].max() <= 224
+    smaller, narrower = (drawn.numpy() for drawn in occlusion.draw(0, (112, 56), options))
+    np.testing.assert_allclose(smaller, centres * [0.5, 0.25], rtol=1e-12)
+    np.testing.assert_allclose(narrower, radii * math.sqrt(0.5 * 0.25), rtol=1e-12)
+
+
+# --- RISE
+
+
+def test_rise_is_the_mean_of_the_masks_weighed_by_their_scores() -> None:
+    net, images = Scorer().double(), some_images(2)
+    options = rise.Options(masks=50, cells=3, probability=0.3)
+    made = casm_fast.attribute("rise", net, images, 1, masks=50, cells=3, probability=0.3, seed=2)
+    drawn = rise.Masks.draw(2, images, options)
+    cell = (8, 7)  # ceil of 24 / 3 and 20 / 3
+    expected = np.zeros((2, *SIZE))
+    for grid, (down, right) in zip(drawn.grids.numpy(), drawn.shifts.tolist(), strict=True):
+        large = skimage.transform.resize(
+            grid, (4 * cell[0], 4 * cell[1]), order=1, mode="edge", anti_aliasing=False
+        )
+        mask = large[down : down + SIZE[0], right : right + SIZE[1]]
+        assert 0 <= down < cell[0]
+        assert 0 <= right < cell[1]
+        expected += scores(net, images.numpy() * mask, 1)[:, None, None] * mask
+    expected /= 0.3 * 50
+    assert np.abs(made[:, 0].numpy() - expected).max() < 1e-12  # 5e-16 measured
+
+
+def test_rise_draws_cells_by_their_probability_and_all_shifts() -> None:
+    images = torch.zeros(1, 3, 21, 28)
+    drawn = rise.Masks.draw(0, images, rise.Options(masks=4000, probability=0.3))
+    assert abs(float(drawn.grids.mean()) - 0.3) < 0.006  # five standard errors
+    assert drawn.shifts[:, 0].unique().tolist() == list(range(3))
+    assert drawn.shifts[:, 1].unique().tolist() == list(range(4))
+    again = rise.Masks.draw(0, images, rise.Options(masks=4000, probability=0.3))
+    assert torch.equal(drawn.grids, again.grids)
+    assert torch.equal(drawn.shifts, again.shifts)
+    assert not torch.equal(rise.Masks.draw(1, images, rise.Options(4000)).grids, drawn.grids)
+
+
+def test_no_mask_outlives_its_batch() -> None:
+    """Masks of 2,000 x 48 x 48 would be 18 MB in float32; what is held at once is a batch's."""
+    largest = []
+
+    def classifier(images: torch.Tensor) -> torch.Tensor:
+        largest.append(len(images))
+        return images.mean(dim=(2, 3))
+
+    casm_fast.attribute("rise", classifier, torch.ones(3, 3, 48, 48), 0, masks=100, batch_size=16)
+    assert max(largest) == 16
+    assert sum(largest[1:]) == 100 * 3
+    assert largest[1:].count(16) == 18  # full ones, over the borders of images; then 12 are left
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("occlusion", {"size": 5, "stride": 3}),
+        ("blur_occlusion", {"diameter": 5, "stride": 4, "softening": 1}),
+        ("variable_occlusion", {"count": 40}),
+        ("rise", {"masks": 40}),
+    ],
+)
+def test_batches_change_nothing(method: str, options: dict[str, Any]) -> None:
+    net, images = Scorer().double(), some_images(3)
+    whole = casm_fast.attribute(method, net, images, [0, 1, 2], batch_size=1000, **options)
+    for size in (1, 7):
+        made = casm_fast.attribute(method, net, images, [0, 1, 2], batch_size=size, **options)
+        torch.testing.assert_close(made, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("occlusion", {"size": 0}, "occlusion: expected size above 0, got 0"),
+        ("occlusion", {"stride": -2}, "occlusion: expected stride above 0, got -2"),
+        (
+            "occlusion",
+            {"size": 35},
+            "occlusion: expected size of at most 20 pixels, the shorter side of the images, got 35",
+        ),
+        (
+            "blur_occlusion",
+            {"diameter": math.nan},
+            "blur_occlusion: expected diameter above 0, got nan",
+        ),
+        (
+            "blur_occlusion",
+            {"softening": -1.0},
+            "blur_occlusion: expected softening of at least 0, got -1.0",
+        ),
+        (
+            "variable_occlusion",
+            {"share": 0.0},
+            "variable_occlusion: expected share above 0 and at most 1, got 0.0",
+        ),
+        ("variable_occlusion", {"count": 0}, "variable_occlusion: expected count above 0, got 0"),
+        ("rise", {"masks": 0}, "rise: expected masks of at least 1, got 0"),
+        ("rise", {"cells": 0}, "rise: expected cells of at least 1, got 0"),
+        (
+            "rise",
+            {"probability": 1.5},
+            "rise: expected probability above 0 and at most 1, got 1.5",
+        ),
+    ],
+)
+def test_refusals(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        casm_fast.attribute(method, Scorer().double(), some_images(), 0, **options)
+    assert str(caught.value) == message
