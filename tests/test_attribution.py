@@ -11,7 +11,8 @@ from torch import nn
 
 import casm_fast
 from casm_fast.attribution import METHODS, find, listing
-from casm_fast.models import SaliencyModel, build_model
+from casm_fast.attribution.realtime import RealTimeModel
+from casm_fast.models import SaliencyModel, build_encoder, build_model
 
 CLASSES = 5
 
@@ -19,6 +20,11 @@ CLASSES = 5
 def a_saliency_model() -> SaliencyModel:
     torch.manual_seed(0)
     return build_model("compact", classes=CLASSES).double()
+
+
+def a_masking_model() -> RealTimeModel:
+    torch.manual_seed(0)
+    return RealTimeModel(build_encoder("compact", classes=CLASSES), width=4).double()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -29,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "guided_inversion": {"steps": 14},
     "meaningful_perturbation": {"steps": 3, "mask_size": (6, 5), "blur_sigma": 2.0},
     "casm": {"model": a_saliency_model()},
+    "real_time": {"model": a_masking_model(), "confidence": 0.0},
 }
 """Options that a method needs on the small network."""
 

@@ -13,7 +13,7 @@ is 0, and the other way round::
 with p the class's probability, as their code has it: 80 steps of Adam at 0.01, halved every 10; w
 begins at 0.1 and is clamped after each step. The mask of the last weights is the map. The images of
 a batch are so many independent problems. Their layer is the last pooling of VGG19 (features.36);
-that is also what the default gives there, see `casm_fast.attribution.layers.last_spatial`::
+that is also what the default gives there, see `casm_fast.attribution.activation.last_spatial`::
 
     casm_fast.attribute("guided_inversion", vgg19, images, targets)
     casm_fast.attribute("guided_inversion", resnet, images, targets, layer="layer3")
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casm_fast import ops
-from casm_fast.attribution.layers import Tap, last_spatial, tapped
+from casm_fast.attribution.activation import Tap, last_spatial, tapped
 from casm_fast.attribution.problem import Method, Problem, Score
 from casm_fast.attribution.proportion import in_proportion
 

@@ -21,6 +21,7 @@ highest mask::
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,7 @@ class RealTimeModel(nn.Module):
     """The masking network; see the module.
 
     Args:
-        encoder: Gives the taps; frozen and always in eval mode.
+        encoder: Gives the taps; a copy is kept, frozen and always in eval mode.
         width: Channels at the finest resolution.
         input_size: Side of the images it is trained on, in pixels.
 
@@ -136,7 +137,7 @@ class RealTimeModel(nn.Module):
                 f"RealTimeModel: expected an encoder with taps of two strides or more from "
                 f"{FINEST_STRIDE} on, got strides {list(strides)}"
             )
-        self.encoder = encoder.requires_grad_(False).eval()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.width, self.input_size = width, input_size
         channels = encoder.tap_channels[self.taps[0]]
         self.selector = Selector(encoder.classes, channels)

@@ -26,7 +26,6 @@ that was stopped goes on to the same weights, bit by bit on a CPU. One process t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -368,7 +367,7 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _encoder(classifier: Encoder | SaliencyModel | str | Path) -> Encoder:
-    """A copy of the classifier, which the run may keep."""
+    """The classifier as an encoder that a file can name."""
     if isinstance(classifier, (str, Path)):
         return load(classifier).classifier
     found = classifier.classifier if isinstance(classifier, SaliencyModel) else classifier
@@ -382,7 +381,7 @@ def _encoder(classifier: Encoder | SaliencyModel | str | Path) -> Encoder:
             "classifier: expected an encoder from build_encoder, which the model's file can name, "
             f"got a {type(found.backbone).__name__} of the caller's own"
         )
-    return copy.deepcopy(found)
+    return found
 
 
 def _folder(config: RealTimeConfig) -> Path:
