@@ -18,7 +18,7 @@ summed over the channels (supplement of Fong & Vedaldi 2017, section 3)::
     casm_fast.attribute("contrastive_excitation_backprop", vgg, images, layer="features.22")
 
 Layers: of a GoogLeNet, ``maxpool2`` (pool2/3x3_s2 of the Caffe network); of any other network the
-last activation whose sides are at least an eighth of the image's, the size of pool2, found as by
+last activation whose sides are about an eighth of the image's, as pool2's are, or more, found as by
 Grad-CAM. The contrast is cut at the input of the last linear layer (or convolution), which in
 GoogLeNet is pool5/7x7_s1.
 
@@ -38,8 +38,9 @@ from casm_fast.attribution.layers import Recorded, as_grid, enlarged, find_layer
 from casm_fast.attribution.problem import Method, Problem
 from casm_fast.attribution.propagation import Map, Propagation, contributions
 
-COARSEST = 1 / 8
-"""Side of GoogLeNet's pool2 as a share of the image's: 28 of 224."""
+COARSEST = 1 / 9
+"""Side of an activation as a share of the image's: pool2 of GoogLeNet has 28 of 224, an eighth;
+layers without padding, as in AlexNet, have a little less."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ brought to the size of the image bilinearly. The paper keeps the positive part (
 default the sum stays as it is, as the supplement of Fong & Vedaldi 2017 (section 3) says. The layer
 is the last activation that has places: inception5b of a GoogLeNet, their choice; the end of layer4
 of a ResNet; the last convolution's ReLU in VGG and AlexNet; of a vision transformer the grid of
-tokens that the last attention reads. Any other is taken by name::
+tokens that the last block reads. Any other is taken by name::
 
     casm_fast.attribute("grad_cam", classifier, images, targets, layer="inception4e")
 
@@ -64,7 +64,9 @@ def grad_cam(problem: Problem, options: GradCamOptions) -> Tensor:
         score = problem.scores(problem.images.detach().requires_grad_()).sum()
         activation = record.activation(layer)
         grid = as_grid(activation, layer, size)
-        (slope,) = torch.autograd.grad(score, activation, allow_unused=True)
+        slope: Tensor | None = None
+        if activation.requires_grad:
+            (slope,) = torch.autograd.grad(score, activation, allow_unused=True)
     if slope is None:
         raise ValueError(f"layer: expected a layer that the score depends on, got {layer!r}")
     weights = as_grid(slope, layer, size).mean(dim=(2, 3), keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from casm_fast.attribution.calls import Call, Interception
 from casm_fast.attribution.problem import Problem
 from casm_fast.models.borrowing import Classifies, find_module, token_grid
 
@@ -100,12 +101,14 @@ def enlarged(maps: Tensor, size: torch.Size) -> Tensor:
 
 
 def find_layer(problem: Problem, method: str, coarsest: float = 0.0) -> str:
-    """The name of the last module whose activation has places, and a say in the logits.
+    """The name of the last module with places at whose output all of the image passes by.
 
     It is found by looking at one pass over an image of noise. An activation counts if it is a
-    feature map or a square grid of tokens with more than one place, if it does not come out of a
-    pool, and if the logits have a gradient for its places: in a vision transformer whose head reads
-    the class token, only what comes before the last attention has one.
+    feature map or a square grid of tokens with more than one place; if it does not come out of a
+    pool; if every way from the image to the logits leads through it, so that it lies in no branch
+    beside another; and if what the last linear layer reads has a gradient for its places: in a
+    vision transformer whose head reads the class token, only what comes before the last block has
+    one.
 
     Args:
         problem: The classifier, and the size of the images.
@@ -127,16 +130,20 @@ def find_layer(problem: Problem, method: str, coarsest: float = 0.0) -> str:
     noise = torch.randn((1, *images.shape[1:]), generator=stream).to(images)
     with torch.enable_grad():
         noise.requires_grad_()
-        with _watched(classifier) as seen:
+        with _watched(classifier) as seen, _LastLinear() as last:
             logits = problem.logits(noise)
-        weights = torch.randn(logits.shape, generator=stream).to(logits)
-        values = [value for _, value in seen]
-        gradients = torch.autograd.grad(logits, values, weights, allow_unused=True)
+        upper = last.read_for(logits)
+        weights = torch.randn(upper.shape, generator=stream).to(upper)
+        gradients: Sequence[Tensor | None] = ()
+        if seen and upper.requires_grad:
+            values = [value for _, value in seen]
+            gradients = torch.autograd.grad(upper, values, weights, allow_unused=True)
     sides: dict[str, float] = {}
     size = images.shape[2:]
-    for (name, value), gradient in zip(seen, gradients, strict=True):
+    for (name, value), gradient in zip(seen, gradients, strict=False):
         sides.pop(name, None)  # of several calls the last counts
-        if gradient is not None and bool(as_grid(gradient, name, size).any()):
+        reached = gradient is not None and bool(as_grid(gradient, name, size).any())
+        if reached and not _has_way_around(upper, value, noise):
             grid = as_grid(value, name, size)
             sides[name] = min(a / b for a, b in zip(grid.shape[2:], size, strict=True))
     if not sides:
@@ -146,6 +153,29 @@ def find_layer(problem: Problem, method: str, coarsest: float = 0.0) -> str:
         )
     least = min(coarsest, max(sides.values()))
     return [name for name, side in sides.items() if side >= least][-1]
+
+
+class _LastLinear(Interception):
+    """Notes what the last linear layer reads and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: tuple[Tensor, Tensor] | None = None
+
+    def answer(self, call: Call) -> Any:
+        """The call; of a linear layer both ends are noted."""
+        made = call.run()
+        if call.name == "linear":
+            self.noted = call.input, made
+        return made
+
+    def read_for(self, logits: Tensor) -> Tensor:
+        """What it reads if it gives the logits, which weights of zero would hide; else those."""
+        if self.noted is not None:
+            read, made = self.noted
+            if made.shape == logits.shape and torch.equal(made.to(logits.dtype), logits):
+                return read
+        return logits
 
 
 @contextmanager
@@ -169,6 +199,21 @@ def _watched(classifier: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _has_way_around(upper: Tensor, value: Tensor, leaf: Tensor) -> bool:
+    """Whether autograd's graph leads from `upper` to `leaf` without passing `value`."""
+    met = {value.grad_fn}
+    ahead = [upper.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        ahead += [below for below, _ in node.next_functions]
+    return False
 
 
 def _has_places(value: Any) -> bool:

@@ -42,7 +42,7 @@ from torch import Tensor
 from casm_fast.attribution.calls import SMOOTH, Call, Interception, instead
 from casm_fast.attribution.problem import Problem
 
-_AFFINE = {"linear": "dense", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+_AFFINE = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 _MEANS = frozenset(
     [f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)] + ["mean", "sum"]
 )
@@ -75,7 +75,8 @@ class Map:
     """An affine map y = f(x, w) + b, linear in the input and in the weights.
 
     Attributes:
-        kind: "dense" and "conv" have weights; "each" has one input an output; "mean" and "sum" have
+        kind: "dense" and "conv" have weights, and a linear layer that is applied at every place is
+            a convolution; "each" has one input an output; "mean" and "sum" have
             weights that are not negative; "centre" subtracts the mean.
         apply: f(x, w) + b; without weights it is given None.
         weight: w.
@@ -208,7 +209,7 @@ class Propagation(Interception):
         if name == "softmax":
             return call.run().detach()
         if name in _ELEMENTWISE:
-            return instead(call, lambda x: _handing_on(lambda: call.of_input()(x), x))
+            return instead(call, lambda x: _handing_on(lambda: call.of_input()(x.detach()), x))
         return self._refused(call)
 
     def _map(self, layer: Map, value: Tensor, made: Tensor | None = None) -> Tensor:
@@ -233,11 +234,13 @@ class Propagation(Interception):
             answer: Tensor = function(x, w, b, *more, **named)
             return answer
 
-        kind: Any = _AFFINE[call.name]
+        at_places = call.name != "linear" or call.input.dim() > 2
+        kind: Literal["dense", "conv"] = "conv" if at_places else "dense"
         layer = Map(kind, apply, weight, bias, first=self.last is None)
         made = self._map(layer, call.input)
         self.last = (layer, call.input)
-        made.origin = _Origin(layer, call.input, made._version)  # type: ignore[attr-defined]
+        if call.name != "linear" or kind == "dense":
+            made.origin = _Origin(layer, call.input, made._version)  # type: ignore[attr-defined]
         return made
 
     def _batch_norm(self, call: Call) -> Tensor:
@@ -249,7 +252,7 @@ class Propagation(Interception):
         shift = -mean * scale if bias is None else bias - mean * scale
         origin: _Origin | None = getattr(value, "origin", None)
         changed = origin is None or origin.version != value._version
-        if origin is None or changed or (origin.layer.kind == "dense" and value.dim() == 3):
+        if origin is None or changed:
             wide = (1, -1) + (1,) * (value.dim() - 2)
             return self._map(_each(scale.view(wide), shift.view(wide)), value)
         folded = origin.layer.folded(scale, shift)
@@ -293,7 +296,7 @@ class Propagation(Interception):
 
         def multiplied(x: Tensor) -> Tensor:
             if not _needs_gradient([other]):
-                return _handing_on(lambda: call.of_input()(x), x)
+                return _handing_on(lambda: call.of_input()(x.detach()), x)
             made = x.detach() * other.detach()
             if not _needs_gradient([one]) or x.numel() < other.numel():
                 return _handing_on(lambda: made, other)
@@ -309,8 +312,8 @@ class Propagation(Interception):
         if _needs_gradient([one]) == _needs_gradient([other]):
             return self._refused(call)
         if _needs_gradient([one]):
-            return self._map(Map("dense", lambda x, w, b: torch.matmul(x, _given(w)), other), one)
-        return self._map(Map("dense", lambda x, w, b: torch.matmul(_given(w), x), one), other)
+            return self._map(Map("conv", lambda x, w, b: torch.matmul(x, _given(w)), other), one)
+        return self._map(Map("conv", lambda x, w, b: torch.matmul(_given(w), x), one), other)
 
     def _attention(self, call: Call) -> Tensor:
         query, key, value = (call.argument(i, n) for i, n in enumerate(("query", "key", "value")))

@@ -12,7 +12,8 @@ share is lost to the image):
   Explaining Neural Network Decisions with LRP") found best: epsilon in linear layers, alpha_beta in
   convolutional ones, and in the first layer the flat rule, which spreads R_j evenly over what the
   neuron sees, or with ``bounds`` the z^B rule (Montavon et al. 2017, eq. 10) for pixels between
-  them. In the composite batch norm that follows no convolution hands all on, and the mean pools
+  them. A linear layer that is applied at every place, as in a transformer, is a convolution here.
+  In the composite batch norm that follows no convolution hands all on, and the mean pools
   and sums of residual networks take the convolutions' rule: by it no two summands that cancel can
   blow up.
 
