@@ -213,7 +213,7 @@ def densenet() -> nn.Module:
 def test_mass_is_conserved(make: Any, layers: list[str]) -> None:
     torch.manual_seed(0)
     sums = mass(make().double(), images_of(2, (40, 40)), layers)
-    assert (sums - 1).abs().max() <= 1e-13  # measured: XXX
+    assert (sums - 1).abs().max() <= 1e-14  # measured: 8e-16
 
 
 @settings(max_examples=25, deadline=None)
@@ -285,11 +285,11 @@ def pixels(net: nn.Module, images: Tensor, labels: Any) -> Tensor:
 
 @pytest.mark.parametrize("make", [lambda: Block(True, True), resnet, googlenet, densenet])
 def test_without_epsilon_lrp_is_gradient_times_input(make: Any) -> None:
-    """Ancona et al. 2018, proposition 1, for ReLU networks with biases."""
+    """Ancona et al. 2018, proposition 1, for ReLU networks with biases. Measured: 9e-14."""
     net, images = trained(make()), images_of(2, (40, 36))
     made = casm_fast.attribute("lrp", net, images, [2, 1], rule="epsilon", epsilon=0)
     expected = pixels(net, images, [2, 1])
-    assert (made - expected).abs().max() <= 1e-8 * expected.abs().max()
+    assert (made - expected).abs().max() <= 2e-12 * expected.abs().max()
 
 
 class Plain(nn.Module):
@@ -317,7 +317,8 @@ class Plain(nn.Module):
 def test_lrp_is_captum_s(epsilon: float | None) -> None:
     """The epsilon rule, and alpha-beta of images above zero without biases.
 
-    Captum's alpha-beta takes biases and negative pixels another way than Bach et al.
+    Captum's alpha-beta takes biases and negative pixels another way than Bach et al. Measured:
+    4e-16 and, since captum adds 1e-9 to every sum of its alpha-beta, 6e-9.
     """
     attr = pytest.importorskip("captum.attr")
     rules = pytest.importorskip("captum.attr._utils.lrp_rules")
@@ -335,7 +336,8 @@ def test_lrp_is_captum_s(epsilon: float | None) -> None:
         options = {"rule": "epsilon", "epsilon": epsilon}
     made = casm_fast.attribute("lrp", net, images, 1, **options)
     expected = attr.LRP(net).attribute(images, target=1).sum(1, keepdim=True)
-    assert (made - expected).abs().max() <= 1e-8 * expected.abs().max()
+    tolerance = 1e-14 if epsilon else 3e-8
+    assert (made - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def handed_back(
@@ -416,7 +418,7 @@ def test_the_composite_by_loops(bounds: Any) -> None:
 
 @pytest.mark.parametrize("rule", ["composite", "alpha_beta", "epsilon"])
 def test_relevance_is_conserved_without_biases(rule: str) -> None:
-    """Of images above zero. Measured worst case 3e-13, of epsilon."""
+    """Of images above zero. Measured: 7e-16."""
     torch.manual_seed(0)
     net = resnet().double()
     net.fc.bias.data.zero_()
@@ -424,7 +426,7 @@ def test_relevance_is_conserved_without_biases(rule: str) -> None:
     options: dict[str, Any] = {} if rule == "alpha_beta" else {"epsilon": 0}
     made = casm_fast.attribute("lrp", net, images, 3, rule=rule, **options)
     logits = net.eval()(images)[:, 3]
-    assert (made.sum((1, 2, 3)) - logits).abs().max() <= 1e-9 * logits.abs().max()
+    assert (made.sum((1, 2, 3)) - logits).abs().max() <= 1e-14 * logits.abs().max()
 
 
 METHODS = [
@@ -445,7 +447,7 @@ def test_batch_norm_is_folded(method: str, options: dict[str, Any]) -> None:
     merged.branch = fuse_conv_bn_eval(merged.branch, merged.branch_norm)
     merged.norm = merged.branch_norm = nn.Identity()
     made = casm_fast.attribute(method, merged, images, 1, **options)
-    assert (made - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (made - expected).abs().max() <= 1e-13 * expected.abs().max()  # measured: 3e-15
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS)
@@ -455,6 +457,17 @@ def test_what_works_in_place_or_twice_gives_the_same(method: str, options: dict[
     for in_place, shared in ((True, False), (False, True), (True, True)):
         made = casm_fast.attribute(method, trained(Block(in_place, shared)), images, 1, **options)
         assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS[2:])
+def test_a_function_is_explained_as_its_module(method: str, options: dict[str, Any]) -> None:
+    """Its parameters still want gradients: they get none, and no relevance."""
+    net, images = trained(Block()), images_of()
+    expected = casm_fast.attribute(method, net, images, 1, **options)
+    net.eval()
+    made = casm_fast.attribute(method, lambda x: net(x), images, 1, **options)
+    assert torch.equal(made, expected)
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 class Attending(nn.Module):
@@ -491,14 +504,17 @@ class Attending(nn.Module):
 
 
 def test_lrp_through_attention_holds_gates_and_deviations() -> None:
-    """Ali et al. 2022: gradient times input of a network in which those are constants."""
+    """Ali et al. 2022: gradient times input of a network in which those are constants.
+
+    Measured: 2e-14.
+    """
     net, frozen = trained(Attending(False)), trained(Attending(True))
     frozen.load_state_dict(net.state_dict())
     images = images_of(2, (6, 4))
     torch.testing.assert_close(net(images), frozen(images))
     made = casm_fast.attribute("lrp", net, images, [2, 1], rule="epsilon", epsilon=0)
     expected = pixels(frozen, images, [2, 1])
-    assert (made - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (made - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 def test_attention_by_hand_is_understood() -> None:

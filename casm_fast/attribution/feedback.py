@@ -30,7 +30,12 @@ from casm_fast.attribution.gradient import image_gradient, strongest
 from casm_fast.attribution.guided import refuse_none, refuse_smooth
 from casm_fast.attribution.problem import Method, Problem
 
-_POOLS = tuple(f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
+_POOLS = frozenset(
+    f"{kind}max_pool{n}d{indices}"
+    for kind in ("", "adaptive_")
+    for n in (1, 2, 3)
+    for indices in ("", "_with_indices")
+)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ _MEANS = frozenset(
 _ELEMENTWISE = SMOOTH | {
     "clamp",
     "clamp_min",
+    "clip",
     "hardsigmoid",
     "hardtanh",
     "local_response_norm",
@@ -56,15 +57,17 @@ _ELEMENTWISE = SMOOTH | {
     "relu6",
     "sigmoid",
     "tanh",
+    "threshold",
 }
 _MOVES = """
     __get__ __getitem__ __setitem__ adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
     alpha_dropout cat channel_shuffle chunk clone concat concatenate contiguous detach double
-    dropout dropout1d dropout2d dropout3d expand expand_as feature_alpha_dropout flatten flip float
-    half index_select masked_fill max_pool1d max_pool2d max_pool3d movedim narrow
-    native_channel_shuffle pad permute pixel_shuffle pixel_unshuffle relu repeat reshape reshape_as
-    roll select split squeeze stack swapaxes swapdims t to transpose type_as unbind unflatten
-    unsqueeze view view_as
+    dropout dropout1d dropout2d dropout3d expand expand_as feature_alpha_dropout flatten flip
+    float half index_select masked_fill max_pool1d max_pool1d_with_indices max_pool2d
+    max_pool2d_with_indices max_pool3d max_pool3d_with_indices movedim narrow
+    native_channel_shuffle pad permute pixel_shuffle pixel_unshuffle relu repeat reshape
+    reshape_as roll select split squeeze stack swapaxes swapdims t to transpose type_as unbind
+    unflatten unsqueeze view view_as
 """
 _OWN_GRADIENT = frozenset(_MOVES.split())
 """What only moves or selects values, with the gradient as its rule."""
@@ -177,7 +180,7 @@ class Propagation(Interception):
             )
         with torch.enable_grad(), self:
             images = problem.images.detach().requires_grad_()
-            return images, problem.logits(images)
+            return images, problem.logits(images.clone())  # which is no leaf of the graph
 
     def answer(self, call: Call) -> Any:
         """The call with a rule; see the module."""
@@ -185,7 +188,7 @@ class Propagation(Interception):
         if name == "multi_head_attention_forward":
             with self:  # its parts are seen, not the whole
                 return _opened(call.function)(*call.args, **call.kwargs)
-        if not _needs_gradient([*call.args, *call.kwargs.values()]):
+        if not _depends(*call.args, *call.kwargs.values()):
             return call.run()
         if name in _OWN_GRADIENT:
             return call.run()
@@ -225,8 +228,9 @@ class Propagation(Interception):
 
     def _affine(self, call: Call) -> Any:
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
-        if not _needs_gradient([call.input]) or _needs_gradient([weight, bias]):
+        if not _depends(call.input) or _depends(weight, bias):
             return self._refused(call)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         function, more = call.function, call.args[3:]
         named = {k: v for k, v in call.kwargs.items() if k not in ("input", "weight", "bias")}
 
@@ -278,10 +282,10 @@ class Propagation(Interception):
         first, second = (-1, 1) if call.name == "__rsub__" else (1, -1 if call.name == "sub" else 1)
 
         def summed(x: Tensor) -> Tensor:
-            if not _needs_gradient([other]):
+            if not _depends(other):
                 shift = second * (other if isinstance(other, Tensor) else x.new_tensor(other))
                 return self._map(_each(x.new_full((), first), shift), x)
-            if not _needs_gradient([x]):
+            if not _depends(x):
                 return self._map(_each(other.new_full((), second), first * x), other)
             shape = torch.broadcast_shapes(x.shape, other.shape)  # type: ignore[no-untyped-call]
             both = torch.stack((first * x.expand(shape), second * other.expand(shape)))
@@ -291,14 +295,14 @@ class Propagation(Interception):
 
     def _product(self, call: Call) -> Any:
         one, other = call.input, call.argument(1, "other")
-        if call.name == "div" and _needs_gradient([other]):
+        if call.name == "div" and _depends(other):
             return self._refused(call)
 
         def multiplied(x: Tensor) -> Tensor:
-            if not _needs_gradient([other]):
+            if not _depends(other):
                 return _handing_on(lambda: call.of_input()(x.detach()), x)
             made = x.detach() * other.detach()
-            if not _needs_gradient([one]) or x.numel() < other.numel():
+            if not _depends(one) or x.numel() < other.numel():
                 return _handing_on(lambda: made, other)
             if x.numel() > other.numel():
                 return _handing_on(lambda: made, x)
@@ -309,9 +313,9 @@ class Propagation(Interception):
 
     def _matrix_product(self, call: Call) -> Any:
         one, other = call.input, call.argument(1, "other", call.kwargs.get("mat2"))
-        if _needs_gradient([one]) == _needs_gradient([other]):
+        if _depends(one) == _depends(other):
             return self._refused(call)
-        if _needs_gradient([one]):
+        if _depends(one):
             return self._map(Map("conv", lambda x, w, b: torch.matmul(x, _given(w)), other), one)
         return self._map(Map("conv", lambda x, w, b: torch.matmul(_given(w), x), one), other)
 
@@ -321,7 +325,7 @@ class Propagation(Interception):
         named = {k: v for k, v in call.kwargs.items() if k not in ("query", "key", "value")}
         query, key = query.detach(), key.detach()
         function = call.function
-        if not value.requires_grad:
+        if not _depends(value):
             return function(query, key, value, *more, **named)  # type: ignore[no-any-return]
         return self._map(
             Map("mean", lambda x, w, b: function(query, key, x, *more, **named)), value
@@ -399,12 +403,13 @@ def _given(weight: Tensor | None) -> Tensor:
     return weight
 
 
-def _needs_gradient(values: Sequence[Any]) -> bool:
+def _depends(*values: Any) -> bool:
+    """Whether a value depends on the image; a parameter, a leaf of the graph, does not."""
     for value in values:
         if isinstance(value, (tuple, list)):
-            if _needs_gradient(value):
+            if _depends(*value):
                 return True
-        elif isinstance(value, Tensor) and value.requires_grad:
+        elif isinstance(value, Tensor) and value.grad_fn is not None:
             return True
     return False
 
