@@ -18,7 +18,10 @@ from casm_fast.attribution.problem import Problem
 from casm_fast.models.targets import Targets
 
 captum = pytest.importorskip("captum.attr")
-pytestmark = pytest.mark.filterwarnings("ignore:Setting backward hooks:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting backward hooks:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already:UserWarning"),
+]
 
 TARGETS = [0, 3, 1]
 
