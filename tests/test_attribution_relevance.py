@@ -268,6 +268,8 @@ def test_googlenet_has_the_layers_of_the_supplement() -> None:
         named = casm_fast.attribute(method, net, images, 1, layer="maxpool2", **more)
         assert torch.equal(made, named)
         assert made.max() > 0
+    wrapped = casm_fast.attribute("excitation_backprop", nn.Sequential(net), images, 1)
+    assert torch.equal(wrapped, casm_fast.attribute("excitation_backprop", net, images, 1))
 
 
 # --- LRP ---
