@@ -130,7 +130,7 @@ def contrastive_excitation_backprop(problem: Problem, options: ContrastiveOption
 def _default_layer(problem: Problem, method: str) -> str:
     classifier = problem.classifier
     if isinstance(classifier, nn.Module):
-        names = [name for name, _ in classifier.named_modules()]
+        names: list[str] = [name for name, _ in classifier.named_modules()]
         for name in names:
             within = name.removesuffix("maxpool2")
             if name != within and {f"{within}inception3a", f"{within}inception5b"} <= set(names):
