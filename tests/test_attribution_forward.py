@@ -19,7 +19,7 @@ from torch import nn
 
 import casm_fast
 from casm_fast.attribution import Problem, occlusion, rise
-from casm_fast.attribution.activation import Tap, last_spatial
+from casm_fast.attribution.layers import find_layer
 from casm_fast.models import build_model, save
 from casm_fast.models.targets import Targets
 
@@ -366,6 +366,7 @@ def test_guided_inversion_is_the_descent_written_out(steps: int) -> None:
     [
         (lambda: torchvision.models.resnet18(), "layer4"),
         (lambda: torchvision.models.squeezenet1_1(), "classifier.2"),
+        (lambda: torchvision.models.vgg11(num_classes=3), "features"),
         (
             lambda: torchvision.models.googlenet(aux_logits=False, init_weights=False),
             "inception5b",
@@ -377,23 +378,15 @@ def test_the_last_spatial_layer(build: Any, expected: str) -> None:
     net = build().eval()
     images = torch.zeros(1, 3, 64, 64)
     problem = Problem(net, images, Targets(torch.zeros(1, 1, dtype=torch.int64)))
-    assert last_spatial(problem) == expected
+    assert find_layer(problem, "x", max_pools=True) == expected
     assert not any(module._forward_hooks for module in net.modules())
-
-
-def test_tokens_are_laid_out_over_their_grid() -> None:
-    tap = Tap("blocks.3")
-    tap.output = torch.arange(2 * 10 * 3.0).view(2, 10, 3)  # a class token and 3 x 3 patches
-    maps = tap.maps()
-    assert maps.shape == (2, 3, 3, 3)
-    assert maps[1, 2, 1, 0] == tap.output[1, 1 + 3, 2]
 
 
 def test_a_function_has_no_layers() -> None:
     with pytest.raises(ValueError) as caught:
         casm_fast.attribute("guided_inversion", lambda x: x.mean(dim=(2, 3)), some_images(), 0)
     assert str(caught.value) == (
-        "layer: expected a classifier of named modules, whose last spatial activation is taken, "
+        "guided_inversion: expected a classifier with modules, among which a layer is found, "
         "got function"
     )
 

@@ -31,7 +31,7 @@ def image_gradient(problem: Problem) -> Tensor:
     """The gradient of each image's score for its own pixels, ``[B, C, H, W]``."""
     with torch.enable_grad():
         leaf = problem.images.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(problem.scores(leaf).sum(), leaf)
+        (gradient,) = torch.autograd.grad(problem.scores(leaf.clone()).sum(), leaf)
     return gradient
 
 

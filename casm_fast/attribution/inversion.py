@@ -13,7 +13,7 @@ is 0, and the other way round::
 with p the class's probability, as their code has it: 80 steps of Adam at 0.01, halved every 10; w
 begins at 0.1 and is clamped after each step. The mask of the last weights is the map. The images of
 a batch are so many independent problems. Their layer is the last pooling of VGG19 (features.36);
-that is also what the default gives there, see `casm_fast.attribution.activation.last_spatial`::
+that is also what the default gives there, see `casm_fast.attribution.layers.find_layer`::
 
     casm_fast.attribute("guided_inversion", vgg19, images, targets)
     casm_fast.attribute("guided_inversion", resnet, images, targets, layer="layer3")
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from casm_fast import ops
-from casm_fast.attribution.activation import Tap, last_spatial, tapped
+from casm_fast.attribution.layers import Recorded, as_grid, find_layer, recorded
 from casm_fast.attribution.problem import Method, Problem, Score
 from casm_fast.attribution.proportion import in_proportion
 
@@ -94,23 +94,27 @@ class Options:
 
 def maps(problem: Problem, options: Options) -> Tensor:
     """See the module; ``[B, 1, H, W]`` in [0, 1]."""
-    layer = options.layer if options.layer is not None else last_spatial(problem)
-    with tapped(problem.classifier, layer) as tap:
-        return _Inversion(replace(problem, score=options.objective), options, tap).solve()
+    layer = options.layer
+    if layer is None:
+        layer = find_layer(problem, "guided_inversion", max_pools=True)
+    with recorded(problem.classifier, layer) as record:
+        judged = replace(problem, score=options.objective)
+        return _Inversion(judged, options, layer, record).solve()
 
 
 class _Inversion:
     """The images on their way through the steps."""
 
-    def __init__(self, problem: Problem, options: Options, tap: Tap) -> None:
-        self.problem, self.options, self.tap = problem, options, tap
+    def __init__(self, problem: Problem, options: Options, layer: str, record: Recorded) -> None:
+        self.problem, self.options = problem, options
+        self.layer, self.record = layer, record
         images = problem.images
         sigma = options.blur_sigma
         self.blurred = ops.gaussian_blur(
             images, in_proportion(BLUR, images.shape[2:]) if sigma is None else sigma
         )
         problem.logits(images)
-        self.activation = tap.maps().detach().to(images.dtype)  # [B, C, h, w]
+        self.activation = self._recorded().detach().to(images.dtype)  # [B, C, h, w]
         self.scale = self.activation.square().sum(dim=(1, 2, 3))  # [B]
 
     def solve(self) -> Tensor:
@@ -142,9 +146,15 @@ class _Inversion:
         span = high - low
         return (large - low) / torch.where(span > 0, span, 1.0)
 
+    def _recorded(self) -> Tensor:
+        """The layer's activation in the last pass, ``[B, C, h, w]``."""
+        return as_grid(
+            self.record.activation(self.layer), self.layer, self.problem.images.shape[2:]
+        )
+
     def _difference(self, mask: Tensor) -> Tensor:
         self.problem.logits(ops.blend(self.problem.images, self.blurred, mask))
-        square = (self.tap.maps().to(mask.dtype) - self.activation).square().sum(dim=(1, 2, 3))
+        square = (self._recorded().to(mask.dtype) - self.activation).square().sum(dim=(1, 2, 3))
         return square / torch.where(self.scale > 0, self.scale, 1.0)
 
     def _shown(self, mask: Tensor) -> Tensor:

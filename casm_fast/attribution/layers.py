@@ -100,7 +100,9 @@ def enlarged(maps: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def find_layer(problem: Problem, method: str, coarsest: float = 0.0) -> str:
+def find_layer(
+    problem: Problem, method: str, coarsest: float = 0.0, max_pools: bool = False
+) -> str:
     """The name of the last module with places at whose output all of the image passes by.
 
     It is found by looking at one pass over an image of noise. An activation counts if it is a
@@ -115,6 +117,7 @@ def find_layer(problem: Problem, method: str, coarsest: float = 0.0) -> str:
         method: Who asks.
         coarsest: The least side of the activation as a share of the image's; without any of this
             size the last of the largest counts.
+        max_pools: Whether what comes out of a max pool counts, too.
 
     Raises:
         ValueError: The classifier has no modules or no such activation.
@@ -130,7 +133,7 @@ def find_layer(problem: Problem, method: str, coarsest: float = 0.0) -> str:
     noise = torch.randn((1, *images.shape[1:]), generator=stream).to(images)
     with torch.enable_grad():
         noise.requires_grad_()
-        with _watched(classifier) as seen, _LastLinear() as last:
+        with _watched(classifier, max_pools) as seen, _LastLinear() as last:
             logits = problem.logits(noise)
         upper = last.read_for(logits)
         weights = torch.randn(upper.shape, generator=stream).to(upper)
@@ -179,14 +182,16 @@ class _LastLinear(Interception):
 
 
 @contextmanager
-def _watched(classifier: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+def _watched(classifier: nn.Module, max_pools: bool) -> Iterator[list[tuple[str, Tensor]]]:
     """Every activation with places, in the order in which the modules finish."""
     seen: list[tuple[str, Tensor]] = []
     pooled: list[Tensor] = []
 
     def watch(name: str, module: nn.Module) -> Any:
         def note(_: nn.Module, __: Any, value: Any) -> None:
-            if type(module).__module__ == _POOLING and isinstance(value, Tensor):
+            pools = type(module).__module__ == _POOLING
+            pools &= not (max_pools and isinstance(module, nn.MaxPool2d))
+            if pools and isinstance(value, Tensor):
                 pooled.append(value)
             elif _has_places(value) and not any(value is other for other in pooled):
                 seen.append((name, value))

@@ -198,8 +198,7 @@ def as_images(classifier: Classifies, images: Any) -> Tensor:
             f"images: expected at least one image [B, C, H, W], got {list(images.shape)}"
         )
     _check_device(classifier, images)
-    batch: Tensor = images.detach()
-    batch = batch.clone() if batch.is_inference() else batch
+    batch: Tensor = images.detach().clone()  # a network may work on its input in place
     batch = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
     bad = torch.nonzero(~batch.isfinite().flatten(1).all(dim=1))[:, 0].tolist()
     if bad:
