@@ -418,6 +418,8 @@ def test_meaningful_perturbation_takes_presets() -> None:
     config = casm_fast.PerturbConfig.preset("localization", tv_beta=4.0, **fields)
     assert (config.top_k, config.lambda_l1) == (5, 1e-3)
     assert torch.equal(made, casm_fast.perturb(net, images, None, config).saliency)
+    with pytest.raises(ValueError, match="targets: expected None beside top_k = 5"):
+        casm_fast.attribute("meaningful_perturbation", net, images, 0, preset="localization")
     with pytest.raises(ValueError) as caught:
         casm_fast.attribute("meaningful_perturbation", net, images, 0, preset="deletion")
     assert str(caught.value) == (

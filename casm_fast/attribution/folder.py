@@ -60,7 +60,7 @@ def attribute_set(
     methods: Sequence[str] = ("grad_cam",),
     *,
     target: int | str = "predicted",
-    score: Score = "logit",
+    score: Score | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -80,7 +80,7 @@ def attribute_set(
         methods: Names out of `METHODS`; ("all",) takes every one that the classifier allows, and
             says why others are left out.
         target: "predicted" (the best class), "label" (the image's own), or one class for all.
-        score: What is explained, see `attribute`.
+        score: What is explained, see `attribute`; None: what each method's paper explains.
         batch_size: Images in one pass, see `attribute`.
         seed: Of random numbers.
         device: "auto", "cpu", "cuda", "cuda:1" ...
@@ -136,6 +136,7 @@ def attribute_set(
     active = list(METHODS) if "all" in methods else list(methods)
 
     def make(pixels: Tensor, targets: list[int]) -> dict[str, Tensor]:
+        asked = None if target == "predicted" else targets
         made = {}
         for name in tuple(active):
             try:
@@ -143,7 +144,7 @@ def attribute_set(
                     name,
                     classifier.network,
                     pixels,
-                    targets,
+                    asked,
                     score=score,
                     batch_size=batch_size,
                     seed=seed,

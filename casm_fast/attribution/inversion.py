@@ -21,7 +21,7 @@ that is also what the default gives there, see `casm_fast.attribution.layers.fin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from casm_fast import ops
 from casm_fast.attribution.layers import Recorded, as_grid, find_layer, recorded
-from casm_fast.attribution.problem import Method, Problem, Score
+from casm_fast.attribution.problem import Method, Problem
 from casm_fast.attribution.proportion import in_proportion
 
 BLUR = 11.0
@@ -68,10 +68,6 @@ class Options:
     """Standard deviation of the blur in pixels; None: 11 on images of 224, in proportion to the
     diagonal on others."""
 
-    objective: Score = "softmax"
-    """What of the class is raised within the mask and lowered outside, whatever `score` is: the
-    weights of |w|^2 belong to probabilities."""
-
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         least = {"steps": 1, "inversion_steps": 0, "inversion_weight": 0, "weight": 0}
@@ -98,8 +94,7 @@ def maps(problem: Problem, options: Options) -> Tensor:
     if layer is None:
         layer = find_layer(problem, "guided_inversion", max_pools=True)
     with recorded(problem.classifier, layer) as record:
-        judged = replace(problem, score=options.objective)
-        return _Inversion(judged, options, layer, record).solve()
+        return _Inversion(problem, options, layer, record).solve()
 
 
 class _Inversion:
@@ -164,4 +159,13 @@ class _Inversion:
         return self.problem.scores(ops.blend(self.problem.images, self.blurred, 1 - mask))
 
 
-METHODS = (Method("guided_inversion", "Guided feature inversion", "Du et al. 2018", maps, Options),)
+METHODS = (
+    Method(
+        "guided_inversion",
+        "Guided feature inversion",
+        "Du et al. 2018",
+        maps,
+        Options,
+        score="softmax",
+    ),
+)

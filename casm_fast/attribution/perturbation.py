@@ -2,7 +2,8 @@
 
 ``meaningful_perturbation`` (Fong & Vedaldi 2017) is :func:`casm_fast.perturb`: the map is what the
 mask hides, or with ``game="preservation"`` what it keeps. Its options are the fields of
-:class:`casm_fast.PerturbConfig` and a preset::
+:class:`casm_fast.PerturbConfig` and a preset; it lowers probabilities unless `score` says
+otherwise::
 
     casm_fast.attribute("meaningful_perturbation", classifier, images, targets)
     casm_fast.attribute("meaningful_perturbation", classifier, images, preset="localization")
@@ -16,14 +17,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from casm_fast.attribution.problem import Method, Problem, Score
+from casm_fast.attribution.problem import Method, Problem
 from casm_fast.perturbation import PerturbConfig, perturb
 from casm_fast.perturbation.config import Preset
 
 
 @dataclass(frozen=True)
 class Options(PerturbConfig):
-    """The fields of `PerturbConfig`, a preset, and the objective.
+    """The fields of `PerturbConfig`, and a preset.
 
     `score`, `seed`, `batch_size` and `memory_budget` are said to `attribute`.
     """
@@ -31,9 +32,6 @@ class Options(PerturbConfig):
     preset: Preset = "default"  # type: ignore[assignment]  # options have its name, no call
     """An experiment of the paper, see `PerturbConfig.preset`; it sets every field that has the
     default's value."""
-
-    objective: Score = "softmax"
-    """What is lowered or kept, whatever `score` is: the paper's weights belong to probabilities."""
 
     def config(self, problem: Problem) -> PerturbConfig:
         """What `perturb` is told about a problem."""
@@ -44,7 +42,7 @@ class Options(PerturbConfig):
             name: value for name, value in changed.items() if value != getattr(default, name)
         }
         changed |= {
-            "score": self.objective,
+            "score": problem.score,
             "seed": problem.seed,
             "batch_size": len(problem.images),
         }
@@ -52,13 +50,10 @@ class Options(PerturbConfig):
 
 
 def maps(problem: Problem, options: Options) -> Tensor:
-    """See the module; ``[B, 1, H, W]`` in [0, 1].
-
-    With `top_k` above 1, as in the preset "localization", the best classes of each image are its
-    targets, whatever `targets` are.
-    """
+    """See the module; ``[B, 1, H, W]`` in [0, 1]."""
     config = options.config(problem)
-    targets = None if config.top_k > 1 else problem.targets.classes
+    best = config.top_k > 1 and not problem.asked
+    targets = None if best else problem.targets.classes
     return perturb(problem.classifier, problem.images, targets, config).saliency
 
 
@@ -69,5 +64,6 @@ METHODS = (
         "Fong & Vedaldi 2017",
         maps,
         Options,
+        score="softmax",
     ),
 )

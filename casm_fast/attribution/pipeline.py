@@ -23,7 +23,7 @@ def attribute(
     images: Tensor | Sequence[Tensor],
     targets: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     *,
-    score: Score = "logit",
+    score: Score | None = None,
     batch_size: int | None = None,
     memory_budget: float | None = None,
     seed: int = 0,
@@ -40,8 +40,8 @@ def attribute(
             list of ``[C, H, W]`` of one size. Any size, square or not.
         targets: Classes: one for all, one per image (``[B]``), or several per image (``[B, n]``, or
             lists; -1 fills up), whose scores are summed. None: each image's best class.
-        score: What is explained: the class's logit (the paper's choice, supplement section 3), its
-            probability, or its log-probability.
+        score: What is explained: the class's logit, its probability, or its log-probability. None:
+            what the method's paper explains, mostly the logit (supplement, section 3).
         batch_size: Images in one pass of the classifier; None: as many as memory_budget holds.
             Halved when memory runs out.
         memory_budget: GiB for one batch; None: half of what is free, on the CPU at most 4.
@@ -60,7 +60,8 @@ def attribute(
     """
     chosen = find(method)
     told = _options(chosen, options)
-    if score not in get_args(Score):
+    judged = chosen.score if score is None else score
+    if judged not in get_args(Score):
         known = ", ".join(get_args(Score))
         raise ValueError(f"score: expected one of {known}, got {score!r}")
     for name, value in (("batch_size", batch_size), ("memory_budget", memory_budget)):
@@ -69,7 +70,7 @@ def attribute(
     with torch.inference_mode(False), torch.no_grad():
         batch = as_images(classifier, images)
         with borrowed(classifier) as lent:
-            first = Problem(lent, batch[:1], Targets(torch.zeros(1, 1)), score)
+            first = Problem(lent, batch[:1], Targets(torch.zeros(1, 1)), judged)
             classes = first.logits(batch[:1]).shape[1]
             given = as_targets(targets, len(batch), classes)
             size = batch_size or _fitting(first, memory_budget)
@@ -77,7 +78,12 @@ def attribute(
             def work(part: slice) -> Tensor:
                 some = batch[part]
                 problem = dataclasses.replace(
-                    first, images=some, batch_size=size, seed=seed, lender=classifier
+                    first,
+                    images=some,
+                    batch_size=size,
+                    asked=given is not None,
+                    seed=seed,
+                    lender=classifier,
                 )
                 if given is None:
                     best = problem.logits(some).argmax(dim=1, keepdim=True)

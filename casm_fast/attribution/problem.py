@@ -28,6 +28,7 @@ class Problem:
         score: What of the classes' logits is explained; of several classes the sum.
         batch_size: Images that one pass of the classifier may hold, for methods that show many
             variants of an image.
+        asked: Whether the caller named the targets; else they are each image's best class.
         seed: Of random numbers; every image gets those that it would get alone.
         lender: What the caller gave as the classifier, such as a `SaliencyModel`.
     """
@@ -37,6 +38,7 @@ class Problem:
     targets: Targets
     score: Score = "logit"
     batch_size: int = 64
+    asked: bool = True
     seed: int = 0
     lender: Any = field(default=None, repr=False)
 
@@ -103,6 +105,7 @@ class Method:
         paper: Where it comes from.
         maps: Makes ``[B, 1, H, W]`` from a problem and options; higher is more salient.
         options: Frozen dataclass of its options, with the paper's settings as defaults.
+        score: What is explained when the caller does not say.
         uses: What it asks of the classifier: "gradients", "scores" alone, or "nothing".
     """
 
@@ -111,4 +114,5 @@ class Method:
     paper: str
     maps: Callable[[Problem, Any], Tensor]
     options: type
+    score: Score = "logit"
     uses: Literal["gradients", "scores", "nothing"] = "gradients"
