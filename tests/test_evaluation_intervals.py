@@ -50,7 +50,7 @@ def test_agrees_with_scipy(method, statistic, theirs, scores):
     expected = stats.bootstrap(
         (scores,), theirs, n_resamples=500, method=method, rng=np.random.default_rng(3)
     ).confidence_interval
-    # The same draws: measured difference at most 3e-16.
+    # The same draws: measured difference of 240 intervals at most 4.4e-15.
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert ours.value == pytest.approx(theirs(scores, 0))
 

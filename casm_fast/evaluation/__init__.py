@@ -1,5 +1,7 @@
 """Scores of predicted boxes and saliency maps, and the convention behind them."""
 
+from casm_fast.evaluation.crops import SaliencyMetric, crop_metric, saliency_metric
+from casm_fast.evaluation.curves import Curves, perturbation_curves
 from casm_fast.evaluation.intervals import Interval, bootstrap, paired_bootstrap
 from casm_fast.evaluation.outcomes import join
 from casm_fast.evaluation.pointing import (
@@ -14,18 +16,23 @@ from casm_fast.evaluation.scores import Counts, Localisation, Saliency, Scores, 
 
 __all__ = [
     "Counts",
+    "Curves",
     "Interval",
     "Localisation",
     "Pointing",
     "PointingConfig",
     "Saliency",
+    "SaliencyMetric",
     "Scores",
     "bootstrap",
+    "crop_metric",
     "evaluate",
     "first_per_class",
     "join",
     "maxima",
     "paired_bootstrap",
+    "perturbation_curves",
     "pointing_game",
+    "saliency_metric",
     "shares_picture",
 ]

@@ -38,7 +38,10 @@ def as_maps(maps: Maps) -> Tensor:
         raise ValueError(f"maps: expected shape [B, 1, h, w] or [B, h, w], got {list(maps.shape)}")
     if found.dtype != torch.float64:
         found = found.float()
-    bad = torch.nonzero(~found.isfinite().flatten(1).all(dim=1))[:, 0].tolist()
+    flat = found.flatten(1)
+    # NaN and infinity show in the extremes, which take no memory of their own.
+    extremes = torch.stack([flat.amin(dim=1), flat.amax(dim=1)])
+    bad = torch.nonzero(~extremes.isfinite().all(dim=0))[:, 0].tolist()
     if bad:
         raise ValueError(f"maps: expected finite values, got NaN or infinity in map {bad[0]}")
     return found

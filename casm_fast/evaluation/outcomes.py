@@ -7,6 +7,7 @@ A protocol's result is a frozen dataclass. Fields that hold a value for each ima
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -55,3 +56,9 @@ def join(results: Iterable[T]) -> T:
             )
     whole: T = dataclasses.replace(first, **joined)
     return whole
+
+
+def mean_of(values: Iterable[Any]) -> float:
+    """Mean that does not depend on the order of the values; NaN without any."""
+    numbers = [float(value) for value in values]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from casm_fast.data import localization
 from casm_fast.data.geometry import Geometry
@@ -40,7 +41,8 @@ from casm_fast.evaluation.frames import (
     to_original,
 )
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.outcomes import PER_IMAGE
+from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of
+from casm_fast.models.memory import slices
 
 Frame = Literal["original", "network"]
 Ties = Literal["share", "centre", "first"]
@@ -52,7 +54,7 @@ TOLERANCE = 15.0
 DIFFICULT_AREA = 0.25
 """Share of the image that the class covers less than, in the difficult set."""
 
-_CHUNK = 1 << 22  # pixels that are looked up at once
+_CHUNK = 1 << 18  # pixels that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,15 @@ class Pointing:
         """The accuracy of every class that has images in the set."""
         chosen = self._in(images)
         labels, hits = self.labels[chosen], self.hits[chosen]
-        return {int(k): _mean(hits[labels == k]) for k in np.unique(labels)}
+        return {int(k): mean_of(hits[labels == k]) for k in np.unique(labels)}
 
     def accuracy(self, images: Set = "all") -> float:
         """The score: the mean over the classes of their accuracy; NaN for an empty set."""
-        return _mean(self.per_class(images).values())
+        return mean_of(self.per_class(images).values())
 
     def overall(self, images: Set = "all") -> float:
         """The share of hits among the images of the set; NaN for an empty set."""
-        return _mean(self.hits[self._in(images)])
+        return mean_of(self.hits[self._in(images)])
 
     def interval(
         self,
@@ -279,18 +281,30 @@ def maxima(
         if len(sides) > 1:
             raise ValueError(f"geometries: expected squares of one side, got {sides}")
         size = (sides[0], sides[0])
-    flat = values.flatten(1)
-    highest = flat == flat.amax(dim=1, keepdim=True)
-    if ties == "first":
-        highest &= highest.cumsum(dim=1) == 1
-    found = torch.nonzero(highest).cpu().numpy()  # [M, 2] map and cell
-    owners, cells = found[:, 0], found[:, 1]
+    found = np.concatenate([np.zeros(0, np.int64), *_highest(values.flatten(1), ties == "first")])
+    owners, cells = np.divmod(found, h * w)
     places = np.stack([cells % w, cells // w], axis=1).astype(np.float64)
     if ties == "centre":
         number = np.bincount(owners, minlength=count)
         sums = [np.bincount(owners, places[:, axis], minlength=count) for axis in (0, 1)]
         owners, places = np.arange(count), np.stack(sums, axis=1) / number[:, None]
     return Points(owners, scale_points(places, (h, w), size), count, size)
+
+
+def _highest(flat: Tensor, first: bool) -> Iterator[NDArray[np.int64]]:
+    """Places of the highest cells among all of ``[B, h * w]``, in order, a few maps at a time."""
+    most = flat.amax(dim=1, keepdim=True)
+    for part in slices(len(flat), max(1, _CHUNK // flat.shape[1])):
+        peak = flat[part] == most[part]
+        if first:
+            peak &= peak.cumsum(dim=1) == 1
+        # NumPy finds the few that are set several times faster than torch on the CPU.
+        places = (
+            torch.nonzero(peak.flatten()).cpu().numpy()[:, 0]
+            if peak.is_cuda
+            else (np.flatnonzero(peak.numpy()))
+        )
+        yield places + part.start * flat.shape[1]
 
 
 def shares_picture(image_ids: Sequence[str]) -> NDArray[np.bool_]:
@@ -339,7 +353,7 @@ def _near_boxes(
     for table, row, (height, width) in zip(boxes, padded, sizes, strict=True):
         row[: len(table)] = np.clip(table, 0, [width, height] * 2)
     low, last = padded[..., :2], padded[..., 2:] - 1  # first and last pixel
-    full: NDArray[np.bool_] = np.less_equal(low, last).all(axis=2)
+    full: NDArray[np.bool_] = np.all(low <= last, axis=2, keepdims=True)[..., 0]
     near = np.zeros(len(places), np.bool_)
     rows = max(1, _CHUNK // padded[0].size) if len(padded) else 1
     for start in range(0, len(places), rows):
@@ -401,12 +415,6 @@ def _in_network(mask: NDArray[np.bool_], g: Geometry) -> NDArray[np.bool_]:
     rows = np.clip(((place + g.offset_y) / g.scale_y).astype(np.int64), 0, g.height - 1)
     columns = np.clip(((place + g.offset_x) / g.scale_x).astype(np.int64), 0, g.width - 1)
     return np.asarray(mask[rows[:, None], columns])
-
-
-def _mean(values: Any) -> float:
-    """Mean that does not depend on the order of the values; NaN without any."""
-    numbers = [float(value) for value in values]
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _convention(config: PointingConfig, truth: str, mapped: bool) -> str:
