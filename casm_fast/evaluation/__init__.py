@@ -12,7 +12,9 @@ from casm_fast.evaluation.pointing import (
     pointing_game,
     shares_picture,
 )
+from casm_fast.evaluation.sanity import SanityCheck, data_randomisation, parameter_randomisation
 from casm_fast.evaluation.scores import Counts, Localisation, Saliency, Scores, evaluate
+from casm_fast.evaluation.similarity import similarity
 
 __all__ = [
     "Counts",
@@ -23,16 +25,20 @@ __all__ = [
     "PointingConfig",
     "Saliency",
     "SaliencyMetric",
+    "SanityCheck",
     "Scores",
     "bootstrap",
     "crop_metric",
+    "data_randomisation",
     "evaluate",
     "first_per_class",
     "join",
     "maxima",
     "paired_bootstrap",
+    "parameter_randomisation",
     "perturbation_curves",
     "pointing_game",
     "saliency_metric",
     "shares_picture",
+    "similarity",
 ]
