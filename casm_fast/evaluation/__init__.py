@@ -4,6 +4,14 @@ from casm_fast.evaluation.crops import SaliencyMetric, crop_metric, saliency_met
 from casm_fast.evaluation.curves import Curves, perturbation_curves
 from casm_fast.evaluation.intervals import Interval, bootstrap, paired_bootstrap
 from casm_fast.evaluation.outcomes import join
+from casm_fast.evaluation.parts import (
+    Intensities,
+    Keypoint,
+    PartRatios,
+    part_intensities,
+    part_ratios,
+    read_keypoints,
+)
 from casm_fast.evaluation.pointing import (
     Pointing,
     PointingConfig,
@@ -19,8 +27,11 @@ from casm_fast.evaluation.similarity import similarity
 __all__ = [
     "Counts",
     "Curves",
+    "Intensities",
     "Interval",
+    "Keypoint",
     "Localisation",
+    "PartRatios",
     "Pointing",
     "PointingConfig",
     "Saliency",
@@ -36,8 +47,11 @@ __all__ = [
     "maxima",
     "paired_bootstrap",
     "parameter_randomisation",
+    "part_intensities",
+    "part_ratios",
     "perturbation_curves",
     "pointing_game",
+    "read_keypoints",
     "saliency_metric",
     "shares_picture",
     "similarity",
