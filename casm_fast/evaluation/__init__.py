@@ -2,7 +2,9 @@
 
 from casm_fast.evaluation.crops import SaliencyMetric, crop_metric, saliency_metric
 from casm_fast.evaluation.curves import Curves, perturbation_curves
+from casm_fast.evaluation.distributions import Distributions, object_distributions
 from casm_fast.evaluation.intervals import Interval, bootstrap, paired_bootstrap
+from casm_fast.evaluation.masks import MaskStatistics, mask_statistics
 from casm_fast.evaluation.outcomes import join
 from casm_fast.evaluation.parts import (
     Intensities,
@@ -27,10 +29,12 @@ from casm_fast.evaluation.similarity import similarity
 __all__ = [
     "Counts",
     "Curves",
+    "Distributions",
     "Intensities",
     "Interval",
     "Keypoint",
     "Localisation",
+    "MaskStatistics",
     "PartRatios",
     "Pointing",
     "PointingConfig",
@@ -44,7 +48,9 @@ __all__ = [
     "evaluate",
     "first_per_class",
     "join",
+    "mask_statistics",
     "maxima",
+    "object_distributions",
     "paired_bootstrap",
     "parameter_randomisation",
     "part_intensities",
