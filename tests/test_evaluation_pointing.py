@@ -265,7 +265,9 @@ def test_pictures_of_several_classes_and_first_images():
 
 def test_prints_scores_intervals_and_convention():
     maps, boxes, _, labels = example(3)
-    text = str(pointing_game(maps, labels, boxes=boxes))
+    found = pointing_game(maps, labels, boxes=boxes, classes=["cat", "dog", "hen"])
+    text = str(found)
+    assert f"dog {100 * found.per_class()[1]:.1f}, hen" in text
     assert re.search(r"all +\d+\.\d \(\d+\.\d\.\.\d+\.\d\) over 3 classes", text)
     assert "difficult  no images" in text
     assert "less than 15 px (strictly) from the boxes of the class, in pixels of the map" in text

@@ -25,8 +25,8 @@ from casm_fast.evaluation import (
     parameter_randomisation,
     similarity,
 )
+from casm_fast.evaluation.measures import ranks
 from casm_fast.evaluation.sanity import layers_from_top, randomise
-from casm_fast.evaluation.similarity import ranks
 
 GRADIENT = functools.partial(casm_fast.attribute, "gradient")
 FAST = ("spearman", "ssim")

@@ -4,7 +4,9 @@ from casm_fast.evaluation.crops import SaliencyMetric, crop_metric, saliency_met
 from casm_fast.evaluation.curves import Curves, perturbation_curves
 from casm_fast.evaluation.distributions import Distributions, object_distributions
 from casm_fast.evaluation.intervals import Interval, bootstrap, paired_bootstrap
+from casm_fast.evaluation.masked_accuracy import ManyClassifiers, many_classifiers
 from casm_fast.evaluation.masks import MaskStatistics, mask_statistics
+from casm_fast.evaluation.measures import similarity
 from casm_fast.evaluation.outcomes import join
 from casm_fast.evaluation.parts import (
     Intensities,
@@ -24,7 +26,6 @@ from casm_fast.evaluation.pointing import (
 )
 from casm_fast.evaluation.sanity import SanityCheck, data_randomisation, parameter_randomisation
 from casm_fast.evaluation.scores import Counts, Localisation, Saliency, Scores, evaluate
-from casm_fast.evaluation.similarity import similarity
 
 __all__ = [
     "Counts",
@@ -34,6 +35,7 @@ __all__ = [
     "Interval",
     "Keypoint",
     "Localisation",
+    "ManyClassifiers",
     "MaskStatistics",
     "PartRatios",
     "Pointing",
@@ -48,6 +50,7 @@ __all__ = [
     "evaluate",
     "first_per_class",
     "join",
+    "many_classifiers",
     "mask_statistics",
     "maxima",
     "object_distributions",

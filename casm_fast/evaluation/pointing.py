@@ -20,6 +20,7 @@ accuracy of a class is its share of hits, and the score is the mean over the cla
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -166,6 +167,10 @@ class Pointing:
                 )
             else:
                 lines.append(f"  {name:<9}  no images")
+        if self.classes and len(self.hits):
+            each = self.per_class().items()
+            text = ", ".join(f"{self.classes[label]} {100 * score:.1f}" for label, score in each)
+            lines += ["", textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  ")]
         return "\n".join([*lines, "", f"  {self.convention}"])
 
     def _in(self, images: Set) -> NDArray[np.bool_]:

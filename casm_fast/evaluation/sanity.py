@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from casm_fast.evaluation.asking import logits
 from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.measures import MEASURES, similarity
 from casm_fast.evaluation.outcomes import PER_IMAGE_LAST
-from casm_fast.evaluation.similarity import MEASURES, similarity
 from casm_fast.models.borrowing import as_images, borrowed, find_module
 
 Order = Literal["cascading", "independent"]
@@ -122,7 +122,7 @@ def parameter_randomisation(
         depth: Layers that agree in so many parts of their name make one step: "layer4.1.conv1"
             and "layer4.1.bn1" at 2. None: each its own step.
         how: "reset" or "permute".
-        measures: Out of `casm_fast.evaluation.similarity.MEASURES`.
+        measures: Out of `casm_fast.evaluation.measures.MEASURES`.
         seed: Of the random parameters; a layer gets the same ones in both orders.
 
     Returns:
@@ -189,7 +189,7 @@ def data_randomisation(
         images: ``[B, C, H, W]``, normalised for both.
         targets: As for `parameter_randomisation`.
         maps: The method.
-        measures: Out of `casm_fast.evaluation.similarity.MEASURES`.
+        measures: Out of `casm_fast.evaluation.measures.MEASURES`.
 
     Returns:
         The measures in one step.
