@@ -28,7 +28,9 @@ def as_maps(maps: Maps) -> Tensor:
         ValueError: Another shape, or a number that is not finite.
     """
     if isinstance(maps, np.ndarray):
-        maps = torch.from_numpy(np.ascontiguousarray(maps))
+        # An array in a file that is open for reading may not be lent to torch: it is read.
+        own = np.require(maps, requirements=["C", "W"])
+        maps = torch.from_numpy(own)
     if not isinstance(maps, Tensor):
         raise TypeError(f"maps: expected a tensor or an array, got {type(maps).__name__}")
     found = maps.detach()
