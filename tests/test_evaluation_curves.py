@@ -149,13 +149,17 @@ def test_neither_batches_nor_order_matter():
 
 def test_prints_score_and_convention():
     found = perturbation_curves(net(), *inputs(), 0, step=100)
-    assert str(found) == (
+    head, convention = str(found).split("\n\n")
+    assert head == (
         "Deletion, area under the curve (lower is better): "
-        f"{found.interval().show('.3f')} over 3 images\n\n"
-        "  3 steps of 100 pixels, most salient first, equal ones in raster order; deleted to 0 in "
+        f"{found.interval().show('.3f')} over 3 images"
+    )
+    assert " ".join(convention.split()) == (
+        "3 steps of 100 pixels, most salient first, equal ones in raster order; deleted to 0 in "
         "the normalised input, the mean colour of training; softmax of the given class; "
         "trapezoidal rule, mean over the images"
     )
+    assert max(map(len, convention.splitlines())) <= 98
 
 
 def test_bad_input_is_one_sentence():

@@ -270,7 +270,9 @@ def test_prints_scores_intervals_and_convention():
     assert f"dog {100 * found.per_class()[1]:.1f}, hen" in text
     assert re.search(r"all +\d+\.\d \(\d+\.\d\.\.\d+\.\d\) over 3 classes", text)
     assert "difficult  no images" in text
-    assert "less than 15 px (strictly) from the boxes of the class, in pixels of the map" in text
+    assert "less than 15 px (strictly) from the boxes of the class, in pixels of the map" in (
+        " ".join(text.split())
+    )
     nothing = pointing_game(maps[:0], [], boxes=[])
     assert math.isnan(nothing.accuracy())
     assert "all        no images" in str(nothing)

@@ -28,7 +28,7 @@ from casm_fast import ops
 from casm_fast.evaluation.asking import ask, passes, targets_of
 from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of
+from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -76,7 +76,7 @@ class SaliencyMetric:
             f"  log area {mean_of(areas):.3f}, log probability "
             f"{mean_of(self.log_probability):.3f}; crops cover "
             f"{100 * mean_of(self.area):.1f} %, recognised {100 * mean_of(self.right):.1f} %\n\n"
-            f"  {self.convention}"
+            + paragraph(self.convention)
         )
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from casm_fast.evaluation.asking import Score, ask, check_score, passes, read, targets_of
 from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.outcomes import PER_IMAGE
+from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
 Kind = Literal["deletion", "insertion"]
@@ -77,7 +77,8 @@ class Curves:
         better = "lower" if self.kind == "deletion" else "higher"
         return (
             f"{self.kind.capitalize()}, area under the curve ({better} is better): "
-            f"{self.interval().show('.3f')} over {len(self.scores):,} images\n\n  {self.convention}"
+            f"{self.interval().show('.3f')} over {len(self.scores):,} images\n\n"
+            + paragraph(self.convention)
         )
 
 

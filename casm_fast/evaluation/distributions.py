@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casm_fast.data.coco import CocoSource
+from casm_fast.evaluation.outcomes import paragraph
 
 SIZE = 224
 """Side of the frame."""
@@ -104,7 +105,7 @@ class Distributions:
         for row in rows:
             cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
             lines.append("  " + "  ".join(cells).rstrip())
-        return "\n".join([*lines, "", f"  {self.convention}"])
+        return "\n".join([*lines, "", paragraph(self.convention)])
 
 
 def object_distributions(

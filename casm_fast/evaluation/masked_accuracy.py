@@ -23,7 +23,7 @@ from casm_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from casm_fast.evaluation.asking import ask, passes
 from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.outcomes import PER_IMAGE_LAST
+from casm_fast.evaluation.outcomes import PER_IMAGE_LAST, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
 Removed = Literal["black", "mean"]
@@ -74,7 +74,7 @@ class ManyClassifiers:
             one = None if name == "mean" else name
             cells = [self.interval(form, one).show(scale=100) for form in self.forms]
             lines.append("  ".join([f"  {name:<{width}}", *(f"{cell:>18}" for cell in cells)]))
-        return "\n".join([*lines, "", f"  {self.convention}"])
+        return "\n".join([*lines, "", paragraph(self.convention)])
 
 
 def many_classifiers(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.outcomes import PER_IMAGE
+from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
 from casm_fast.models.statistics import Cells, measure
 
 Name = Literal["mean", "std", "tv", "tv_mean", "entropy", "entropy_full"]
@@ -79,7 +79,7 @@ class MaskStatistics:
         for name in get_args(Name):
             title, form = _FORMS[name]
             lines.append(f"  {title:<26}  {self.interval(name).show(form)}")
-        return "\n".join([*lines, "", f"  {self.convention}"])
+        return "\n".join([*lines, "", paragraph(self.convention)])
 
 
 def mask_statistics(maps: Maps, size: tuple[int, int] | None = None) -> MaskStatistics:

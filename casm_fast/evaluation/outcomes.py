@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -62,3 +63,8 @@ def mean_of(values: Iterable[Any]) -> float:
     """Mean that does not depend on the order of the values; NaN without any."""
     numbers = [float(value) for value in values]
     return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def paragraph(text: str) -> str:
+    """A convention, indented and broken into lines for a terminal."""
+    return textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  ")

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from casm_fast.data.geometry import Geometry
 from casm_fast.evaluation.frames import Maps, as_maps, check_count, side_of, to_network
-from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of
+from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,7 +181,7 @@ class PartRatios:
             lines.append(f"  ({self.left_out} keypoints left out: the crop cut them off)")
         if self.few:
             lines.append(f"  (classes left out, too few images: {', '.join(self.few)})")
-        return "\n".join([*lines, "", f"  {self.convention}"])
+        return "\n".join([*lines, "", paragraph(self.convention)])
 
     def draw(self, axes: Axes, first: str = "#2458c5", second: str = "#c2630a") -> None:
         """Draw figure 11: each class's intensities as two dots on a line, by group.

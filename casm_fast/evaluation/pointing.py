@@ -20,7 +20,6 @@ accuracy of a class is its share of hits, and the score is the mean over the cla
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from casm_fast.evaluation.frames import (
     to_original,
 )
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of
+from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 from casm_fast.models.memory import slices
 
 Frame = Literal["original", "network"]
@@ -170,8 +169,8 @@ class Pointing:
         if self.classes and len(self.hits):
             each = self.per_class().items()
             text = ", ".join(f"{self.classes[label]} {100 * score:.1f}" for label, score in each)
-            lines += ["", textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="  ")]
-        return "\n".join([*lines, "", f"  {self.convention}"])
+            lines += ["", paragraph(text)]
+        return "\n".join([*lines, "", paragraph(self.convention)])
 
     def _in(self, images: Set) -> NDArray[np.bool_]:
         if images not in get_args(Set):

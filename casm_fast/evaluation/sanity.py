@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from casm_fast.evaluation.asking import logits
 from casm_fast.evaluation.intervals import Interval, bootstrap
 from casm_fast.evaluation.measures import MEASURES, similarity
-from casm_fast.evaluation.outcomes import PER_IMAGE_LAST
+from casm_fast.evaluation.outcomes import PER_IMAGE_LAST, paragraph
 from casm_fast.models.borrowing import as_images, borrowed, find_module
 
 Order = Literal["cascading", "independent"]
@@ -93,7 +93,7 @@ class SanityCheck:
         undefined = int((~np.isfinite(self.values)).sum())
         if undefined:
             lines.append(f"  ({undefined} values undefined: a map is constant)")
-        return "\n".join([*lines, "", f"  {self.convention}"])
+        return "\n".join([*lines, "", paragraph(self.convention)])
 
 
 def parameter_randomisation(
