@@ -155,6 +155,7 @@ def test_prints_score_and_convention():
     assert re.match(
         r"Saliency metric \(lower is better\): \S+ \(\S+\.\.\S+\) over 4 images\n", text
     )
+    text = " ".join(text.split())
     assert "tight box of every kept pixel, threshold by rule mean, alpha 0.5" in text
     assert "log(max(area, 0.05)) - log(p) in nats" in text
 

@@ -19,6 +19,7 @@ from casm_fast.evaluation.parts import (
 from casm_fast.evaluation.pointing import (
     Pointing,
     PointingConfig,
+    Points,
     first_per_class,
     maxima,
     pointing_game,
@@ -40,6 +41,7 @@ __all__ = [
     "PartRatios",
     "Pointing",
     "PointingConfig",
+    "Points",
     "Saliency",
     "SaliencyMetric",
     "SanityCheck",

@@ -8,6 +8,8 @@ accuracy of a class is its share of hits, and the score is the mean over the cla
 * Distances are measured in the original picture, where the centre of the map's highest cell lies
   between pixels in general; or in the network's square, into which the truth is moved (supplement
   of Fong & Vedaldi 2017, section 4, where all images are 224 x 224).
+* TorchRay enlarges maps to the picture, bilinearly, before it looks for the maximum: enlarge them
+  so and give no geometries to do the same.
 * Maxima that tie share the image: two hits among three tied maxima count 2/3. The authors of
   meaningful perturbation take the mean place of the tied maxima instead (``ties="centre"``), and
   TorchRay the first in raster order (``ties="first"``).
