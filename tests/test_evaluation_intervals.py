@@ -55,11 +55,14 @@ def test_agrees_with_scipy(method, statistic, theirs, scores):
     assert ours.value == pytest.approx(theirs(scores, 0))
 
 
+@pytest.mark.parametrize("lonely", [False, True], ids=["classes", "a class of one"])
 @pytest.mark.parametrize("method", ["bca", "percentile"])
-def test_class_mean_agrees_with_scipy(method):
-    ours = bootstrap(SCORES, "class-mean", classes=LABELS, method=method, resamples=300, level=0.9)
+def test_class_mean_agrees_with_scipy(method, lonely):
+    labels = LABELS.copy()
+    labels[7] = 9 if lonely else labels[7]
+    ours = bootstrap(SCORES, "class-mean", classes=labels, method=method, resamples=300, level=0.9)
     expected = stats.bootstrap(
-        (SCORES, LABELS),
+        (SCORES, labels),
         class_mean,
         paired=True,
         vectorized=False,
@@ -69,7 +72,7 @@ def test_class_mean_agrees_with_scipy(method):
         rng=np.random.default_rng(0),
     ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert ours.value == pytest.approx(class_mean(SCORES, LABELS))
+    assert ours.value == pytest.approx(class_mean(SCORES, labels))
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])

@@ -72,7 +72,8 @@ def test_a_map_of_the_object_keeps_and_removes_it():
 
 
 def test_constant_maps_mark_everything():
-    assert marked(np.full((1, 3, 3), 0.1), (6, 6)).all()
+    for value in (0.1, 0.5, 0.7):
+        assert marked(np.full((1, 3, 3), value), (6, 6)).all()
     assert not marked(np.full((1, 3, 3), 0.1), (6, 6), alpha=1.1).any()
 
 
