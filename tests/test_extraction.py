@@ -19,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from casm_fast.data import predictions
+from casm_fast.data.cells import Cells, inside
 from casm_fast.data.decoding import DecodeError
 from casm_fast.data.geometry import geometry
 from casm_fast.data.predictions import Convention

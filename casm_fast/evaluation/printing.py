@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from casm_fast.evaluation.scores import Localisation, Scores
+    from casm_fast.data.predictions import Convention
+    from casm_fast.evaluation.published import Published
+    from casm_fast.evaluation.scores import Counts, Localisation, Scores
+
+
+class Described(Protocol):
+    """Scores by CASM's convention."""
+
+    @property
+    def convention(self) -> Convention:
+        """Geometry and box rule."""
+
+    @property
+    def counts(self) -> Counts:
+        """Which images were counted."""
 
 
 def percent(share: float | None) -> str:
@@ -14,7 +28,7 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def convention_lines(scores: Scores) -> tuple[tuple[str, str], ...]:
+def convention_lines(scores: Described) -> tuple[tuple[str, str], ...]:
     """The convention of the scores as pairs of a short name and a sentence."""
     rule, counts = scores.convention, scores.counts
     box = "tight box of every kept pixel"
@@ -49,16 +63,11 @@ def render(scores: Scores) -> str:
     if scores.localisation is None:
         lines += ["  no true boxes: nothing to localize against", ""]
     else:
-        rows = [_row(entry) for entry in (scores.localisation, *scores.baselines)]
-        rows += [
-            (entry.name, percent(entry.le), percent(entry.om), percent(entry.f1), "-", "-", "-")
-            for entry in scores.published
-        ]
-        heads = ("", "LE (less)", "OM (less)", "F1 (more)", "F1a (more)", "mean IoU", "box area")
-        lines += [*_columns(heads, rows), ""]
+        entries = (scores.localisation, *scores.baselines)
+        lines += [*localisation_table(entries, scores.published), ""]
     statistics = scores.saliency
     spread = "-" if statistics.std is None else f"{statistics.std:.2f}"
-    notes = [
+    explained = [
         ("classes", f"top-1 {percent(scores.top1)}, top-5 {percent(scores.top5)}"),
         (
             "saliency",
@@ -68,9 +77,20 @@ def render(scores: Scores) -> str:
         ),
         *convention_lines(scores),
     ]
-    width = max(len(name) for name, _ in notes)
-    lines += [f"  {name:<{width}}  {text}" for name, text in notes]
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes(explained)])
+
+
+def localisation_table(
+    entries: Sequence[Localisation], published: Sequence[Published]
+) -> list[str]:
+    """The rows of CASM's localisation scores, and published ones below."""
+    rows = [_row(entry) for entry in entries]
+    rows += [
+        (entry.name, percent(entry.le), percent(entry.om), percent(entry.f1), "-", "-", "-")
+        for entry in published
+    ]
+    heads = ("", "LE (less)", "OM (less)", "F1 (more)", "F1a (more)", "mean IoU", "box area")
+    return columns(heads, rows)
 
 
 def _row(entry: Localisation) -> tuple[str, ...]:
@@ -85,7 +105,13 @@ def _row(entry: Localisation) -> tuple[str, ...]:
     )
 
 
-def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def notes(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Short names and their sentences, one a line."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    return [f"  {name:<{width}}  {text}" for name, text in pairs]
+
+
+def columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows below their heads: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = []

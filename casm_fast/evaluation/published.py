@@ -129,3 +129,95 @@ def comparable(source: str, images: int, convention: Convention) -> tuple[Publis
         and convention.connectivity == 4
     )
     return CASM if same else ()
+
+
+CHOE: dict[str, tuple[tuple[str, float], ...]] = {
+    "imagenet": (
+        ("CAM, VGG-16", 0.600),
+        ("CAM, Inception-V3", 0.634),
+        ("CAM, ResNet-50", 0.637),
+        ("CAM, mean", 0.624),
+        ("best weakly supervised, mean", 0.626),
+        ("few-shot learning, mean", 0.640),
+        ("centre", 0.525),
+    ),
+    "cub": (
+        ("CAM, VGG-16", 0.637),
+        ("CAM, Inception-V3", 0.567),
+        ("CAM, ResNet-50", 0.630),
+        ("centre", 0.597),
+    ),
+    "openimages": (
+        ("CAM, VGG-16", 0.583),
+        ("CAM, Inception-V3", 0.632),
+        ("CAM, ResNet-50", 0.585),
+        ("CAM, mean", 0.600),
+        ("few-shot learning, mean", 0.715),
+        ("centre", 0.458),
+    ),
+}
+"""Choe et al. 2020, the table of their evaluation code, test sets: MaxBoxAcc V2 on ImageNet and
+CUB, PxAP on OpenImages30k."""
+
+CHOE_IMAGES = {"imagenet": IMAGES, "cub": 5_794, "openimages": 5_000}
+"""Images of these test sets."""
+
+WEAK_LOCALISATION: dict[str, dict[str, tuple[float, float]]] = {
+    "mask, default settings": {"value": (0.25, 0.484), "energy": (0.90, 0.461), "mean": (1, 0.460)},
+    "mask, top-5 settings": {"value": (0.10, 0.440), "energy": (0.95, 0.431), "mean": (0.5, 0.432)},
+    "gradient": {"value": (0.25, 0.460), "energy": (0.10, 0.439), "mean": (5, 0.417)},
+    "guided backprop": {"value": (0.05, 0.502), "energy": (0.30, 0.470), "mean": (4.5, 0.420)},
+    "excitation backprop": {"value": (0.15, 0.461), "energy": (0.60, 0.387), "mean": (1.5, 0.390)},
+    "occlusion": {"value": (0.30, 0.512), "energy": (0.55, 0.494), "mean": (1, 0.486)},
+    "Grad-CAM": {"value": (0.35, 0.530), "energy": (0.65, 0.539), "mean": (1.5, 0.533)},
+}
+"""Fong and Vedaldi 2017, GoogLeNet: alpha and localisation error by threshold rule, on the 48,238
+validation images that are not on the list. Default settings: supplement, Table 1."""
+
+WEAK_LOCALISATION_IMAGES = 48_238
+"""Images of the ImageNet validation set without the 1,762 of the list."""
+
+
+def choe(
+    source: str, images: int, shape: tuple[int, int], metric: str, usual: bool
+) -> tuple[tuple[str, float], ...]:
+    """Results of Choe et al. 2020 by the same convention on the same images.
+
+    Args:
+        source: Name of the images, such as "imagenet-val", "cub-test", "openimages-test".
+        images: Images that were counted.
+        shape: (h, w) of the maps.
+        metric: "MaxBoxAcc V1", "MaxBoxAcc V2" or "PxAP".
+        usual: Whether the thresholds are 0, 0.001, ... 0.999.
+
+    Returns:
+        Names and shares, or an empty tuple where the comparison would not be fair.
+    """
+    name = next((name for name in CHOE if source.lower().startswith(name)), None)
+    if name is None or images != CHOE_IMAGES[name] or shape != (224, 224) or not usual:
+        return ()
+    if metric != ("PxAP" if name == "openimages" else "MaxBoxAcc V2"):
+        return ()
+    return tuple((f"{method} (Choe et al. 2020)", share) for method, share in CHOE[name])
+
+
+def weak_localisation(source: str, images: int, rule: str) -> tuple[tuple[str, float], ...]:
+    """Published errors of weak localisation by the same rule on the same images.
+
+    Each method has its own alpha, tuned on held-out images (`casm_fast.evaluation.tune`).
+
+    Args:
+        source: Name of the images.
+        images: Images that were counted.
+        rule: Threshold rule.
+
+    Returns:
+        Names and errors, or an empty tuple where the comparison would not be fair.
+    """
+    if not source.startswith("imagenet") or images != WEAK_LOCALISATION_IMAGES:
+        return ()
+    return tuple(
+        (f"{method}, alpha {alpha:g} (Fong & Vedaldi 2017)", error)
+        for method, rules in WEAK_LOCALISATION.items()
+        for alpha, error in (rules[rule],)
+    )

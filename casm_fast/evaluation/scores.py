@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from casm_fast.data import localization, predictions
 from casm_fast.data.predictions import Convention, Description
@@ -211,7 +211,7 @@ def score(table: pa.Table, description: Description) -> Scores:
 
     model = None
     if truth:
-        model = _localisation(
+        model = score_boxes(
             "this model",
             _corners(readable)[localized],
             truth,
@@ -219,19 +219,10 @@ def score(table: pa.Table, description: Description) -> Scores:
             right_where_known,
             f1=(_floats(readable, "f1")[localized], _floats(readable, "f1_mean")[localized]),
         )
-    simple: dict[str, NDArray[np.integer[Any]]] = {
-        "centred box": np.tile(localization.centred_box(size), (len(truth), 1)),
-        "whole image": baselines.whole(len(truth), size),
-        "random box": baselines.random(ids, size),
-    }
     return Scores(
         source=description.source,
         localisation=model,
-        baselines=tuple(
-            _localisation(name, boxes, truth, size, right_where_known)
-            for name, boxes in simple.items()
-            if truth
-        ),
+        baselines=score_baselines(ids, truth, size, right_where_known) if truth else (),
         top1=_mean(right[labelled]) if labelled.any() else None,
         top5=_mean(among5[labelled]) if labelled.any() else None,
         saliency=_saliency(readable, size),
@@ -246,15 +237,24 @@ def score(table: pa.Table, description: Description) -> Scores:
     )
 
 
-def _localisation(
+def score_boxes(
     name: str,
     boxes: NDArray[np.integer[Any]],
-    truth: Sequence[Sequence[Sequence[int]]],
+    truth: Sequence[ArrayLike],
     size: int,
     right: NDArray[np.bool_] | None,
     f1: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
 ) -> Localisation:
-    """Score one box per image; ``f1`` is its best and mean F1, that of the box when omitted."""
+    """Score one box per image.
+
+    Args:
+        name: The method.
+        boxes: ``[n, 4]`` in network pixels, n >= 1.
+        truth: n arrays ``[m, 4]`` of true boxes in network pixels, not clipped, m >= 1.
+        size: Side of the network's square.
+        right: ``[n]`` whether the class is right, None when unknown.
+        f1: ``[n]`` best and mean continuous F1; those of the boxes when omitted.
+    """
     flat, owners = localization.pair(truth)
     best_iou = localization.best(localization.box_iou(boxes[owners], flat), owners, len(boxes))
     if f1 is None:
@@ -273,6 +273,21 @@ def _localisation(
         iou=_mean(best_iou),
         coverage=_mean(localization.area(boxes) / size**2),
     )
+
+
+def score_baselines(
+    image_ids: Sequence[str],
+    truth: Sequence[ArrayLike],
+    size: int,
+    right: NDArray[np.bool_] | None,
+) -> tuple[Localisation, ...]:
+    """Score the boxes that look at no image; arguments as in :func:`score_boxes`."""
+    simple: dict[str, NDArray[np.integer[Any]]] = {
+        "centred box": np.tile(localization.centred_box(size), (len(truth), 1)),
+        "whole image": baselines.whole(len(truth), size),
+        "random box": baselines.random(image_ids, size),
+    }
+    return tuple(score_boxes(name, boxes, truth, size, right) for name, boxes in simple.items())
 
 
 def _saliency(table: pa.Table, size: int) -> Saliency:

@@ -6,6 +6,7 @@ synchronisation, output shapes that depend on input shapes alone.
 """
 
 from casm_fast.ops.blur_mask import blur_mask, gaussian_blur
+from casm_fast.ops.contour_boxes import contour_boxes, contour_overlap
 from casm_fast.ops.jitter_mask import blend, jitter_mask, upsample_mask
 from casm_fast.ops.mask_boxes import connected_components, mask_boxes
 from casm_fast.ops.tv_norm import tv_norm, tv_norm_with_gradient
@@ -14,6 +15,8 @@ __all__ = [
     "blend",
     "blur_mask",
     "connected_components",
+    "contour_boxes",
+    "contour_overlap",
     "gaussian_blur",
     "jitter_mask",
     "mask_boxes",

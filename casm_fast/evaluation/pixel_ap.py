@@ -1,0 +1,203 @@
+r"""PxAP: the average precision of a map's pixels as a classifier of object pixels.
+
+Choe et al., "Evaluating weakly supervised object localization methods right", CVPR 2020 and its
+evaluation code: the scores of all pixels of all images are pooled, those of object and of
+background pixels in histograms with the edges 0, 0.001, ... 0.999, 1, 2, 3; ignored pixels count in
+neither. With precision and recall at the lower edge of each bin, from the highest to the lowest,
+
+.. math::
+    \mathrm{PxAP} = \sum_l P(\tau_l) \, (R(\tau_l) - R(\tau_{l-1}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from casm_fast.evaluation import published
+from casm_fast.evaluation.maps import Maps, check_maps, parts, scores
+from casm_fast.evaluation.result import Result
+
+IGNORED = 255
+"""Value of a mask's pixels that count neither as object nor as background."""
+
+THRESHOLDS = np.arange(0, 1, 0.001)
+"""The thresholds of the public code's main program."""
+
+
+@dataclass(frozen=True)
+class PixelAP(Result):
+    """What `pixel_ap` found.
+
+    Attributes:
+        score: PxAP, in [0, 1].
+        thresholds: ``[T + 2]`` lower edges of the bins, the highest first.
+        precision: ``[T + 2]`` of the pixels at or above each; NaN where there are none.
+        recall: ``[T + 2]``.
+    """
+
+    score: float
+    thresholds: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+
+
+def pixel_ap(
+    maps: Maps,
+    masks: Sequence[ArrayLike] | NDArray[np.integer[Any]] | Tensor,
+    *,
+    thresholds: ArrayLike | None = None,
+    normalise: bool = False,
+    source: str = "",
+) -> PixelAP:
+    """PxAP of saliency maps.
+
+    Args:
+        maps: ``[n, 1, h, w]`` or ``[n, h, w]`` in [0, 1], of pictures squashed to h x w.
+        masks: n masks ``[h, w]``: 1 object, 0 background, 255 ignored (`object_mask` makes them).
+        thresholds: ``[T]`` in [0, 1), rising; 0, 0.001, ... 0.999 when omitted. Scores below the
+            first count nowhere.
+        normalise: Stretch each map from 0 to 1 first, as the public code does with its own maps.
+        source: Name of the images, such as "openimages-test"; decides whether published figures
+            stand beside these.
+
+    Returns:
+        The score, its curve, and the convention.
+
+    Raises:
+        TypeError: Maps of a wrong type.
+        ValueError: Shapes that do not agree, maps out of range, masks with other values, or no
+            object pixel at all.
+    """
+    n, height, width = check_maps("pixel_ap", maps)
+    shares = np.asarray(THRESHOLDS if thresholds is None else thresholds, np.float64).reshape(-1)
+    if not len(shares) or not ((shares >= 0) & (shares < 1)).all() or (np.diff(shares) <= 0).any():
+        raise ValueError("pixel_ap: expected `thresholds` in [0, 1), rising, at least one")
+    if len(masks) != n:
+        raise ValueError(f"pixel_ap: expected `masks` for {n} maps, got {len(masks)}")
+    bins = len(shares) + 2  # and [1, 2) and [2, 3)
+    counts = np.zeros((3, bins + 1), np.int64)  # background, object, ignored; below the first edge
+    for here, part in parts(maps):
+        kind = _kinds(masks[here], here.start, (height, width))
+        place = _bins(scores("pixel_ap", part, normalise).cpu().flatten(), shares)
+        place += kind * (bins + 1)
+        counts += torch.bincount(place, minlength=counts.size).numpy().reshape(counts.shape)
+    false, true = counts[:2, :0:-1].cumsum(1)
+    if true[-1] == 0:
+        raise ValueError("pixel_ap: expected some object pixels in `masks`, got none")
+    recall = true / true[-1]
+    together = true + false
+    precision = np.divide(true, together, out=np.full(bins, np.nan), where=together > 0)
+    steps = precision[1:] * np.diff(recall)
+    score = float(steps[together[1:] > 0].sum())
+    return PixelAP(
+        protocol="PxAP" + (f" on {source}" if source else ""),
+        heads=("PxAP",),
+        figures=(score,),
+        convention=(
+            ("images", f"{n:,} counted, none left out"),
+            ("geometry", f"squashed to {width} x {height}"),
+            ("pixels", f"{together[-1]:,} of all images pooled, ignored regions left out"),
+            (
+                "threshold",
+                ("each map stretched from 0 to 1, then " if normalise else "")
+                + f"m >= t, {len(shares):,} values of t",
+            ),
+            ("score", "sum of precision x gain of recall, no interpolation"),
+            ("class", "known"),
+        ),
+        score=score,
+        thresholds=np.append(shares, [1.0, 2.0])[::-1],
+        precision=precision,
+        recall=recall,
+        published=published.choe(source, n, (height, width), "PxAP", thresholds is None),
+    )
+
+
+def object_mask(
+    instances: ArrayLike, ignore: ArrayLike | None = None, size: int | None = None
+) -> NDArray[np.uint8]:
+    """One mask of an image from the masks of its objects and the region to ignore.
+
+    Args:
+        instances: ``[k, H, W]``, larger than 0.5 inside an object; objects are joined.
+        ignore: ``[H, W]``, larger than 0.5 where pixels are to be ignored unless an object is
+            there.
+        size: Side of the square that each mask is squashed to, nearest: pixel y takes row ``y * H
+            // size``. As it is when omitted.
+
+    Returns:
+        ``[size, size]`` (or ``[H, W]``) uint8: 1 object, 0 background, 255 ignored.
+
+    Raises:
+        ValueError: Masks of other shapes.
+    """
+    masks: NDArray[np.bool_] = np.asarray(np.asarray(instances) > 0.5)
+    if masks.ndim != 3 or 0 in masks.shape:
+        raise ValueError(
+            f"object_mask: expected `instances` of shape [k, H, W], got {list(masks.shape)}"
+        )
+    joined = _squashed(np.asarray(masks.any(0)), size)
+    result = joined.astype(np.uint8)
+    if ignore is not None:
+        ignored: NDArray[np.bool_] = np.asarray(np.asarray(ignore) > 0.5)
+        if ignored.ndim != 2:
+            raise ValueError(
+                f"object_mask: expected `ignore` of shape [H, W], got {list(ignored.shape)}"
+            )
+        result[_squashed(ignored, size) & ~joined] = IGNORED
+    return result
+
+
+def _squashed(mask: NDArray[np.bool_], size: int | None) -> NDArray[np.bool_]:
+    if size is None:
+        return mask
+    rows, columns = (np.arange(size) * side // size for side in mask.shape)
+    squashed: NDArray[np.bool_] = mask[rows[:, None], columns]
+    return squashed
+
+
+def _bins(values: Tensor, shares: NDArray[np.float64]) -> Tensor:
+    """The bin of each value, counted from 1; 0 below the first edge.
+
+    Edges at equal distances need no search: the bin is a quotient, off by one at most for rounding.
+    """
+    T = len(shares)
+    step = float(shares[1]) if T > 1 else 1.0
+    if not np.array_equal(shares, np.arange(T) * step):
+        edges = np.append(shares, [1.0, 2.0, 3.0])
+        return torch.bucketize(values, torch.from_numpy(edges), right=True)
+    bins = (values / step).floor_()
+    bins -= (values < bins * step).double()
+    bins += (values >= (bins + 1) * step).double()
+    bins = torch.where(values >= 1, T, bins.clamp_(max=T - 1))
+    return bins.long() + 1
+
+
+def _kinds(
+    masks: Sequence[ArrayLike] | NDArray[np.integer[Any]] | Tensor,
+    first: int,
+    shape: tuple[int, int],
+) -> Tensor:
+    """Masks as int64 ``[b * h * w]``: 0 background, 1 object, 2 ignored."""
+    tables = [np.asarray(mask) for mask in masks]
+    for image, table in enumerate(tables, first):
+        if table.shape != shape:
+            raise ValueError(
+                f"pixel_ap: expected a mask of {list(shape)} for every map, got "
+                f"{list(table.shape)} for image {image}"
+            )
+    kinds = torch.from_numpy(np.stack(tables))
+    wrong = (kinds != 0) & (kinds != 1) & (kinds != IGNORED)
+    if bool(wrong.any()):
+        raise ValueError(
+            "pixel_ap: expected masks with 1 for object, 0 for background and 255 for ignored "
+            f"pixels, got {kinds[wrong][0].item()} in image {first + int(wrong.nonzero()[0, 0])}"
+        )
+    return kinds.flatten().long().clamp_(max=2)
