@@ -21,8 +21,6 @@ from casm_fast.ops import contour_boxes, contour_overlap
 
 cv2.setNumThreads(1)  # the pool has the threads
 
-Found = Callable[[np.ndarray], np.ndarray]
-
 
 def smooth(B: int, S: int) -> np.ndarray:  # [B, S, S]
     return scipy.ndimage.gaussian_filter(
@@ -99,10 +97,8 @@ def test_contours(op, name, race, device, pool):
     else:
         truth = np.tile([S // 4, S // 3, S // 2, S - 9], (B, 1))
         boxes, owners = torch.from_numpy(truth).int(), torch.arange(B)
-        ours, peer = (
-            partial(contour_overlap, maps, boxes, owners),
-            partial(pool, best, images, truth),
-        )
+        ours = partial(contour_overlap, maps, boxes, owners)
+        peer = partial(each, pool, best, images, truth)
     race(
         op=op,
         case=f"{B}x1x{S}x{S}, {name}",

@@ -134,7 +134,9 @@ def read_maps(path: str | Path, image_ids: Sequence[str] | None = None) -> Maps:
         ids = _needed(image_ids, path)
         return _stacked([_load(_file_of(path, name)) for name in ids], ids, path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected saved maps (.npy, .pt or a folder), got {path}: no such")
+        raise FileNotFoundError(
+            f"expected saved maps (.npy, .pt or a folder), got {path}: no such file"
+        )
     content: Maps | Mapping[str, Any] = _load(path)
     if isinstance(content, Mapping):
         ids = _needed(image_ids, path)
