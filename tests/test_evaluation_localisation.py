@@ -1,7 +1,8 @@
 """Localisation protocols on maps and boxes, against their definitions written as loops.
 
 The transcriptions below follow the published definitions step by step, one image, one threshold and
-one pixel set after the other, with OpenCV and np.histogram where the authors use them. Comparisons are exact unless a tolerance says otherwise.
+one set of pixels after the other, with OpenCV and np.histogram where the authors use them. They are
+compared exactly unless a tolerance says otherwise.
 """
 
 from __future__ import annotations

@@ -52,17 +52,18 @@ def check_maps(protocol: str, maps: Maps) -> tuple[int, int, int]:
     return shape[0], shape[-2], shape[-1]
 
 
-def parts(maps: Maps) -> Iterator[tuple[slice, Tensor]]:
+def parts(maps: Maps, pixels: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """A few maps at a time.
 
     Args:
         maps: ``[n, 1, h, w]`` or ``[n, h, w]``, checked.
+        pixels: Of a part, at most, but at least one map.
 
     Yields:
         Which they are, and the maps ``[b, 1, h, w]``, contiguous, where they were.
     """
     n, height, width = maps.shape[0], maps.shape[-2], maps.shape[-1]
-    step = max(1, _PIXELS // (height * width))
+    step = max(1, (pixels or _PIXELS) // (height * width))
     for start in range(0, n, step):
         here = slice(start, min(start + step, n))
         part = maps[here]

@@ -31,6 +31,9 @@ THRESHOLDS = np.arange(0, 1, 0.001)
 """The thresholds of the public code's main program."""
 
 
+_AT_ONCE = 1 << 17  # pixels: a megabyte in float64, which stays in the cache
+
+
 @dataclass(frozen=True)
 class PixelAP(Result):
     """What `pixel_ap` found.
@@ -83,10 +86,10 @@ def pixel_ap(
         raise ValueError(f"pixel_ap: expected `masks` for {n} maps, got {len(masks)}")
     bins = len(shares) + 2  # and [1, 2) and [2, 3)
     counts = np.zeros((3, bins + 1), np.int64)  # background, object, ignored; below the first edge
-    for here, part in parts(maps):
-        kind = _kinds(masks[here], here.start, (height, width))
-        place = _bins(scores("pixel_ap", part, normalise).cpu().flatten(), shares)
-        place += kind * (bins + 1)
+    for here, part in parts(maps, _AT_ONCE):
+        kinds = _kinds(masks[here], here.start, (height, width))
+        values = scores("pixel_ap", part, normalise).cpu().flatten()
+        place = _bins(values, shares).add_(kinds, alpha=bins + 1)
         counts += torch.bincount(place, minlength=counts.size).numpy().reshape(counts.shape)
     false, true = counts[:2, :0:-1].cumsum(1)
     if true[-1] == 0:
@@ -174,10 +177,12 @@ def _bins(values: Tensor, shares: NDArray[np.float64]) -> Tensor:
         edges = np.append(shares, [1.0, 2.0, 3.0])
         return torch.bucketize(values, torch.from_numpy(edges), right=True)
     bins = (values / step).floor_()
-    bins -= (values < bins * step).double()
-    bins += (values >= (bins + 1) * step).double()
-    bins = torch.where(values >= 1, T, bins.clamp_(max=T - 1))
-    return bins.long() + 1
+    edge = bins * step
+    bins -= (values < edge).double()
+    bins += 1
+    edge = bins * step
+    bins += (values >= edge).double()
+    return bins.clamp_(max=T).masked_fill_(values >= 1, T + 1).long()
 
 
 def _kinds(

@@ -346,7 +346,9 @@ def _levels(heat: Tensor, rule: str, alphas: Tensor) -> tuple[Tensor, Tensor]:
         mean = heat.cumsum(1)[:, -1:] / heat.shape[1]
         # Rounding must not lift the mean of a constant map above the map.
         return nothing, alphas * mean.clamp(low, high)
-    ordered = heat.sort(1, descending=True).values
+    # NumPy's sort is several times as fast as torch's, which sorts indices too.
+    rising = torch.from_numpy(np.sort(heat.cpu().numpy(), axis=1)).to(heat.device)
+    ordered = rising.flip(1)
     held = ordered.cumsum(1)
     kept = torch.searchsorted(held, alphas * held[:, -1:])  # pixels whose sum stays below
     level = ordered.gather(1, (kept - 1).clamp(0, heat.shape[1] - 1))
