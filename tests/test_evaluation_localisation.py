@@ -589,7 +589,7 @@ def test_published_figures_stand_beside_the_same_convention_only():
     pixels = published.choe("openimages-test", 5_000, (224, 224), "PxAP", True)
     assert ("centre (Choe et al. 2020)", 0.458) in pixels
     weak = published.weak_localisation("imagenet-val", 48_238, "mean")
-    assert ("mask, default settings, alpha 1 (Fong & Vedaldi 2017)", 0.460) in weak
+    assert ("mask, default settings, alpha 1 (Fong & Vedaldi 2017, GoogLeNet)", 0.460) in weak
     assert published.weak_localisation("imagenet-val", 50_000, "mean") == ()
 
 

@@ -217,7 +217,7 @@ def weak_localisation(source: str, images: int, rule: str) -> tuple[tuple[str, f
     if not source.startswith("imagenet") or images != WEAK_LOCALISATION_IMAGES:
         return ()
     return tuple(
-        (f"{method}, alpha {alpha:g} (Fong & Vedaldi 2017)", error)
+        (f"{method}, alpha {alpha:g} (Fong & Vedaldi 2017, GoogLeNet)", error)
         for method, rules in WEAK_LOCALISATION.items()
         for alpha, error in (rules[rule],)
     )

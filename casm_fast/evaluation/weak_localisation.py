@@ -19,9 +19,11 @@ is ``x1 - x0 + 1``. A box is right when its IoU with some true box is at least 0
 ILSVRC list of bad annotations are left out (`read_blacklist`); alpha is chosen on held-out images
 (`tune`).
 
-Where pixels are equal to the last one that ``energy`` keeps, all of them are kept; the authors keep
-some by the whims of a sort. They resize by ``scipy.misc.imresize`` (8 bits, bilinear), whose boxes
-are at most one cell wider.
+Where the authors' code differs: of pixels that are equal to the last one that ``energy`` keeps it
+keeps some by the whims of a sort, here all of them are kept. It resizes by ``scipy.misc.imresize``
+(8 bits, bilinear): on 60 generated heatmaps of 224 x 224 its boxes were up to 1.7 cells wider on a
+side, and IoUs differed by 0.002 to 0.02 on average. For a picture where nothing survives it takes
+``[1, 1, H, W]``, with the sides exchanged.
 
 The box of a thresholded map needs its rows' and columns' maxima alone: row y is in the box for the
 levels up to the largest pixel of row y. So one pass over the pixels, and a sort for ``energy``,
@@ -165,7 +167,7 @@ def weak_localisation(
             (
                 "threshold",
                 f"{_THRESHOLDS[rule].format(f'{alpha:g}')} (rule {rule}), m > 0; first, then "
-                "resize (nearest)",
+                "resize (nearest; the authors: 8-bit bilinear)",
             ),
             ("box", "extent of all surviving pixels; whole picture where there are none"),
             ("correct", "IoU >= 0.5 with any true box, sides counted as x1 - x0 + 1"),
