@@ -24,7 +24,6 @@
 #include <bit>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "common/checks.h"
@@ -126,7 +125,7 @@ inline void sort_places(const Frame& frame, const uint8_t* values, int32_t* orde
 template <typename Region>
 class Regions {
  public:
-  explicit Regions(const Frame& frame) : frame_(frame), present_(frame.size() + 2), label_(frame.size()) {}
+  explicit Regions(const Frame& frame) : frame_(frame), present_(frame.size()), label_(frame.size()) {}
 
   void clear() {
     std::fill(present_.begin(), present_.end(), 0);
@@ -160,14 +159,10 @@ class Regions {
   }
 
   const Surroundings& around(int32_t place, const std::array<Surroundings, 256>& table) const {
-    const auto row = [&](int64_t first) {  // three neighbouring bytes as three bits
-      uint32_t bytes;
-      std::memcpy(&bytes, present_.data() + first, sizeof bytes);
-      return ((bytes & 0x010101) * 0x010204) >> 16 & 7;
-    };
-    const uint32_t middle = row(place - 1);
-    return table[row(place - frame_.stride - 1) | (middle & 1) << 3 | (middle & 4) << 2 |
-                 row(place + frame_.stride - 1) << 5];
+    const uint8_t *const here = present_.data() + place, *const up = here - frame_.stride,
+                         *const down = here + frame_.stride;
+    return table[up[-1] | up[0] << 1 | up[1] << 2 | here[-1] << 3 | here[1] << 4 | down[-1] << 5 | down[0] << 6 |
+                 down[1] << 7];
   }
 
   int32_t find(int32_t region) {
@@ -185,7 +180,7 @@ class Regions {
 
  private:
   const Frame& frame_;
-  std::vector<uint8_t> present_;  // [H + 2, W + 2] and two that around() reads beyond
+  std::vector<uint8_t> present_;  // [H + 2, W + 2]
   std::vector<int32_t> label_;    // [H + 2, W + 2], the region that a pixel was added to
   std::vector<int32_t> parents_;
   std::vector<Region> regions_;
@@ -234,31 +229,40 @@ class LargestContour {
   // Raises the pixels of holes: filled = max(map, min over the neighbours (4) of filled), outside of the map 0. Two
   // scans settle what a path straight to the border settles; a queue carries the rest.
   void fill_holes(const uint8_t* map) {
-    const int64_t stride = frame_.stride;
-    for (int64_t y = 0; y < frame_.H; ++y) {
-      const int32_t begin = frame_.place(y, 0), end = frame_.place(y, frame_.W);
-      std::copy_n(map + y * frame_.W, frame_.W, map_.data() + begin);
-      uint8_t left = 0;
-      for (int32_t p = begin; p < end; ++p) filled_[p] = left = std::max(map_[p], std::min(left, filled_[p - stride]));
+    const int64_t H = frame_.H, W = frame_.W, stride = frame_.stride;
+    uint8_t *const copy = map_.data(), *const filled = filled_.data();  // bytes may alias members, locals they do not
+    for (int64_t y = 0; y < H; ++y) {
+      const int64_t begin = frame_.place(y, 0);
+      std::copy_n(map + y * W, W, copy + begin);
+      int left = 0;
+      for (int64_t p = begin; p < begin + W; ++p) {
+        left = std::max<int>(copy[p], std::min<int>(left, filled[p - stride]));
+        filled[p] = uint8_t(left);
+      }
     }
     queue_.clear();
-    for (int64_t y = frame_.H - 1; y >= 0; --y) {
-      uint8_t right = 0;
-      for (int32_t p = frame_.place(y, frame_.W - 1); p >= frame_.place(y, 0); --p) {
-        filled_[p] = std::max(map_[p], std::min({filled_[p], right, filled_[p + stride]}));
-        const bool unsettled = (right > filled_[p] && right > map_[p + 1]) ||
-                               (filled_[p + stride] > filled_[p] && filled_[p + stride] > map_[p + stride]);
-        if (unsettled) queue_.push_back(p);
-        right = filled_[p];
+    for (int64_t y = H - 1; y >= 0; --y) {
+      const int64_t begin = frame_.place(y, 0);
+      int right = 0;
+      for (int64_t p = begin + W - 1; p >= begin; --p) {
+        right = std::max<int>(copy[p], std::min<int>(right, std::min(filled[p], filled[p + stride])));
+        filled[p] = uint8_t(right);
       }
+      const auto lowers = [&](int64_t p, int64_t neighbour) {
+        return filled[neighbour] > std::max(filled[p], copy[neighbour]);
+      };
+      uint8_t some = 0;
+      for (int64_t p = begin; p < begin + W; ++p) some |= uint8_t(lowers(p, p + 1) | lowers(p, p + stride));
+      for (int64_t p = begin; some && p < begin + W; ++p)
+        if (lowers(p, p + 1) || lowers(p, p + stride)) queue_.push_back(int32_t(p));
     }
     for (size_t i = 0; i < queue_.size(); ++i) {
       const int32_t place = queue_[i];
       for (int n : {1, 3, 4, 6}) {
         const int32_t neighbour = place + frame_.steps[n];
-        const uint8_t value = std::max(map_[neighbour], filled_[place]);
-        if (value >= filled_[neighbour]) continue;
-        filled_[neighbour] = value;
+        const uint8_t value = std::max(copy[neighbour], filled[place]);
+        if (value >= filled[neighbour]) continue;
+        filled[neighbour] = value;
         queue_.push_back(neighbour);
       }
     }
