@@ -19,7 +19,6 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from casm_fast.data import predictions
-from casm_fast.data.cells import Cells, inside
 from casm_fast.data.decoding import DecodeError
 from casm_fast.data.geometry import geometry
 from casm_fast.data.predictions import Convention
@@ -28,8 +27,9 @@ from casm_fast.data.synthetic import generate, write_tree
 from casm_fast.extraction import ExtractConfig, Extractor, extract
 from casm_fast.extraction.rows import label_numbers
 from casm_fast.models import checkpoint, fingerprint
+from casm_fast.models.cells import Cells, inside
 from casm_fast.models.saliency import SaliencyModel, build_model, full_size
-from casm_fast.models.statistics import Cells, inside, measure
+from casm_fast.models.statistics import measure
 
 CONVENTION = Convention(32, "crop", "mean", 1.0, "largest", 4)
 

@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from casm_fast import ops
 from casm_fast.data import localization
-from casm_fast.data.cells import Cells, inside
 from casm_fast.data.geometry import Policy, geometry
 from casm_fast.data.predictions import Convention
 from casm_fast.evaluation import published
@@ -27,6 +26,7 @@ from casm_fast.evaluation.printing import convention_lines, localisation_table, 
 from casm_fast.evaluation.published import Published
 from casm_fast.evaluation.scores import Counts, Localisation, score_baselines, score_boxes
 from casm_fast.evaluation.truth import check_truth
+from casm_fast.models.cells import Cells, inside
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
 from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
-from casm_fast.models.statistics import Cells, measure
+from casm_fast.models.cells import Cells
+from casm_fast.models.statistics import measure
 
 Name = Literal["mean", "std", "tv", "tv_mean", "entropy", "entropy_full"]
 

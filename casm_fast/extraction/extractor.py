@@ -18,10 +18,10 @@ from torch import Tensor
 
 from casm_fast import ops
 from casm_fast.data import localization
-from casm_fast.data.cells import Cells, inside
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import normalize
 from casm_fast.extraction.config import Precision
+from casm_fast.models.cells import Cells, inside
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.models.statistics import measure
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from casm_fast.data.cells import Cells
+from casm_fast.models.cells import Cells
 
 
 def entropy_terms(saliency: Tensor) -> Tensor:
