@@ -7,6 +7,7 @@ compared exactly unless a tolerance says otherwise.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -591,6 +592,20 @@ def test_published_figures_stand_beside_the_same_convention_only():
     weak = published.weak_localisation("imagenet-val", 48_238, "mean")
     assert ("mask, default settings, alpha 1 (Fong & Vedaldi 2017, GoogLeNet)", 0.460) in weak
     assert published.weak_localisation("imagenet-val", 50_000, "mean") == ()
+
+
+def test_results_print_and_save_the_same(monkeypatch):
+    rows = (("someone (2020)", 0.5),)
+    monkeypatch.setattr(published, "choe", lambda *_: rows)
+    result = evaluation.max_box_acc(blobs(2, 8, 9), true_boxes(2, 8, 9), source="two")
+    saved = json.loads(json.dumps(result.to_dict()))
+    assert saved["published"] == dict(rows)
+    assert saved["figures"]["MaxBoxAcc V2"] == result.score
+    text = str(result)
+    assert text.startswith("MaxBoxAcc V2 on two\n")
+    for name, sentence in saved["convention"].items():
+        assert re.search(rf"^  {name} +{re.escape(sentence)}$", text, re.MULTILINE)
+    assert re.search(r"^  someone \(2020\) +50\.0 % +- +- +-$", text, re.MULTILINE)
 
 
 # ---------------------------------------------------------------- errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from casm_fast.evaluation.printing import columns, notes, percent
 
@@ -34,3 +35,12 @@ class Result:
         ]
         table = columns(("", *self.heads), rows)
         return "\n".join([self.protocol, "", *table, "", *notes(self.convention)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is printed, as plain dictionaries and numbers, for JSON."""
+        return {
+            "protocol": self.protocol,
+            "figures": dict(zip(self.heads, self.figures, strict=True)),
+            "convention": dict(self.convention),
+            "published": dict(self.published),
+        }
