@@ -12,19 +12,38 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import casm_fast
 from casm_fast.data.geometry import geometry
 from casm_fast.data.synthetic import generate
 from casm_fast.data.transforms import normalize
-from casm_fast.experiments import EXPERIMENTS, SMOKE, failures, layers, reproduce, showing
+from casm_fast.experiments import (
+    EXPERIMENTS,
+    SMOKE,
+    animal_parts,
+    attributed,
+    failures,
+    layers,
+    pointing_game,
+    reproduce,
+    showing,
+    supplement_table1,
+)
 from casm_fast.experiments.coco_examples import objects
 from casm_fast.experiments.examining import Entry, Examples, entry, explained, records
 from casm_fast.experiments.reproduction import Reproduction
 from casm_fast.experiments.study import Study
 from casm_fast.perturbation import LAYERS, PerturbConfig
 
-PICTURES = ("top5_setting", "architectures", "preservation_vs_deletion", "coco_examples", "layers")
+PICTURES = (
+    "comparison_grid",
+    "top5_setting",
+    "architectures",
+    "preservation_vs_deletion",
+    "coco_examples",
+    "layers",
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +208,168 @@ def test_outlines_are_needed(tmp_path: Path) -> None:
         f"coco_examples: expected a set whose objects have outlines, got {study.validation.name}; "
         "give coco:DIR, or leave --data out"
     )
+
+
+# --- pointing, parts, sizes, localisation ---------------------------------------------------------
+
+
+def test_pointing_is_a_loop_over_pixels(output: Path) -> None:
+    result = smoke("pointing_game", output)
+    study = study_of("pointing_game", output)
+    classifier = explained(study)
+    source = study.validation
+    taken: dict[int, int] = {}
+    hits: dict[int, list[bool]] = {}
+    for index in range(study.limit):
+        label = source.label(index)
+        taken[label] = taken.get(label, 0) + 1
+        if taken[label] > pointing_game.PER_CLASS["smoke"]:
+            continue
+        images = normalize(torch.from_numpy(source.image(index)[None].copy()))
+        plane = casm_fast.attribute("gradient", classifier.network, images, label)[0, 0]
+        y, x = divmod(int(plane.argmax()), plane.shape[1])
+        near = 15 * classifier.size / 224
+        hits.setdefault(label, []).append(
+            any(
+                (x - px) ** 2 + (y - py) ** 2 < near**2
+                for x0, y0, x1, y1 in source.boxes(index)
+                for px in range(x0, x1)
+                for py in range(y0, y1)
+            )
+        )
+    row = next(r for r in result.findings.tables[0].rows if r.name == "Gradient")
+    assert row.ours["all"] == pytest.approx(np.mean([np.mean(one) for one in hits.values()]))
+    assert row.ours["low"] <= row.ours["all"] <= row.ours["high"]
+    mask = result.findings.tables[0].rows[-1]
+    assert mask.published == {"all": 0.3640, "difficult": 0.2821}
+
+
+def test_occlusion_variants_point(output: Path) -> None:
+    rows = smoke("occlusion_variants", output).findings.tables[0].rows
+    assert [row.name for row in rows] == [
+        "Centre",
+        "Occlusion",
+        "Blur occlusion",
+        "Variable occlusion",
+        "Mask, default settings",
+    ]
+
+
+def test_keypoints_of_the_embedded_set() -> None:
+    source = generate(20, size=32, classes=4, workers=1, emblem=100)
+    found = animal_parts.embedded_keypoints(source, 20)
+    assert len(found) == 2 * sum(len(source.boxes(index)) == 1 for index in range(20)) > 0
+    for eye, foot in zip(found[::2], found[1::2], strict=True):
+        index = next(i for i in range(20) if source.image_id(i) == eye.image_id)
+        assert (eye.part, foot.part) == ("eye", "foot")
+        assert eye.label == foot.label == source.classes[source.label(index)]
+        assert source.emblem_masks[index, round(eye.y), round(eye.x)]
+        assert source.mask(index)[int(foot.y), int(foot.x)]
+        far = (eye.x - foot.x) ** 2 + (eye.y - foot.y) ** 2
+        ys, xs = np.nonzero(source.mask(index))
+        assert far == pytest.approx(((xs - eye.x) ** 2 + (ys - eye.y) ** 2).max())
+
+
+def test_animal_parts(output: Path) -> None:
+    result = smoke("animal_parts", output)
+    rows = {row.name: row for row in result.findings.tables[0].rows}
+    assert rows["dogs"].published == {"ratio": 3.70, "error": 0.50, "classes": 8.0}
+    assert not rows["dogs"].ours
+    assert rows["all classes"].ours["classes"] > 0
+
+
+def test_keypoints_are_asked_for_by_name(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / "x.png")
+    study = Study("animal_parts", tmp_path / "out", data=f"imagenet:{tmp_path / 'set'}")
+    with pytest.raises(FileNotFoundError) as caught:
+        animal_parts.run(study)
+    assert str(caught.value) == (
+        f"animal_parts: expected {tmp_path / 'set' / 'keypoints.csv'} or keypoints.jsonl beside "
+        "the images, got neither; write a line image_id,class,part,x,y for each visible eye and "
+        "foot"
+    )
+
+
+def test_distributions(output: Path) -> None:
+    result = smoke("distributions", output)
+    rows = result.findings.tables[0].rows
+    assert rows[0].published == {"first": 7.5060, "second": 1.2848}
+    again = smoke("distributions", output).findings.tables[0].rows
+    assert [row.ours for row in rows] == [row.ours for row in again]
+
+
+def test_weak_localisation_by_another_route(output: Path) -> None:
+    result = smoke("supplement_table1", output)
+    study = study_of("supplement_table1", output)
+    row = next(r for r in result.findings.tables[0].rows if r.name == "Centre")
+    source, classifier = study.validation, explained(study)
+    alpha = row.ours["mean_alpha"]
+    assert alpha is not None
+    wrong = []
+    for index in range(8):
+        images = normalize(torch.from_numpy(source.image(index)[None].copy()))
+        plane = casm_fast.attribute("centre", classifier.network, images, 0)[0, 0].double().numpy()
+        ys, xs = np.nonzero((plane >= alpha * plane.mean()) & (plane > 0))
+        box = (0, 0, 32, 32) if not len(ys) else (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+        best = 0.0
+        for truth in source.boxes(index):
+            shared = np.clip(np.minimum(box[2:], truth[2:]) - np.maximum(box[:2], truth[:2]), 0, 99)
+            sizes = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, truth)]
+            best = max(best, shared.prod() / (sum(sizes) - shared.prod()))
+        wrong.append(best < 0.5)
+    assert row.ours["mean"] == pytest.approx(np.mean(wrong))
+    assert {r.name for r in result.findings.tables[0].rows if r.published} == {
+        "Mask, one class",
+        "Mask, five best classes",
+        "Gradient",
+        "Guided backpropagation",
+        "Excitation backprop",
+        "Occlusion",
+        "Grad-CAM",
+    }
+
+
+def test_other_methods_in_table1_by_scipy(output: Path) -> None:
+    study = study_of("table1", output)
+    classifier = explained(study, policy="crop")
+    some = some_of(study.validation, [0, 1, 2, 3])
+    method = entry("gradient")
+    rows = attributed._measured(method, classifier, some)
+    maps = casm_fast.attribute("gradient", classifier.network, some.images, list(some.targets))
+    for place, row in enumerate(rows):
+        plane = maps[place, 0].double().numpy()
+        plane = (plane - plane.min()) / (plane.max() - plane.min())
+        for alpha, bit in zip(attributed.GRID, row["found"], strict=True):
+            labels, count = ndimage.label(plane >= alpha * plane.mean())
+            sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+            best = 0.0
+            if count:
+                ys, xs = np.nonzero(labels == 1 + sizes.argmax())
+                box = np.zeros(plane.shape, bool)
+                box[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] = True
+                for x0, y0, x1, y1 in some.boxes(place):
+                    true = np.zeros(plane.shape, bool)
+                    true[y0:y1, x0:x1] = True
+                    best = max(best, (box & true).sum() / (box | true).sum())
+            assert bit == ("1" if best > 0.5 else "0")
+        f1 = []
+        for x0, y0, x1, y1 in some.boxes(place):
+            held = plane[y0:y1, x0:x1].sum()
+            precision, recall = held / plane.sum(), held / ((x1 - x0) * (y1 - y0))
+            f1.append(2 * precision * recall / (precision + recall))
+        assert row["f1"] == pytest.approx(max(f1), abs=1e-5)  # EPSILON of the published code
+
+
+def test_boxes_are_printed_as_imagenet_prints_them(tmp_path: Path) -> None:
+    source = generate(2, size=32, classes=2, split="val", workers=1)
+    boxes = source.boxes(0)
+    printed = supplement_table1._printed(source, boxes)
+    np.testing.assert_array_equal(printed[:, :2], boxes[:, :2] + 1)
+    np.testing.assert_array_equal(printed[:, 2:], boxes[:, 2:])
 
 
 def test_records_are_kept_and_in_order(output: Path) -> None:

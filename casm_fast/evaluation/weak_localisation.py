@@ -151,7 +151,7 @@ def weak_localisation(
     counted = _counted("weak_localisation", len(maps), excluded)
     boxes = threshold_boxes(maps, sizes, rule=rule, alphas=(alpha,))[:, 0]
     true, _ = check_truth("weak_localisation", truth, len(boxes), sizes)
-    overlap = _overlap(boxes[:, None], true)[:, 0]
+    overlap = overlaps(boxes[:, None], true)[:, 0]
     found = overlap >= RIGHT
     error = 1 - np.count_nonzero(found & counted) / np.count_nonzero(counted)
     n = int(counted.sum())
@@ -214,7 +214,7 @@ def tune(
     grid = np.asarray(GRIDS[rule] if alphas is None else alphas, np.float64).reshape(-1)
     boxes = threshold_boxes(maps, sizes, rule=rule, alphas=grid)
     true, _ = check_truth("tune", truth, len(boxes), sizes)
-    wrong = _overlap(boxes, true)[counted] < RIGHT
+    wrong = overlaps(boxes, true)[counted] < RIGHT
     errors = np.count_nonzero(wrong, 0) / len(wrong)
     best = int(errors.argmin())
     return Tuning(rule, float(grid[best]), float(errors[best]), grid, errors, len(wrong))
@@ -398,8 +398,16 @@ def _extent(
     )
 
 
-def _overlap(boxes: NDArray[np.int64], truth: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    """``[n, K]`` best IoU of boxes ``[n, K, 4]``, last pixel included."""
+def overlaps(boxes: NDArray[np.int64], truth: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """The best IoU of each box with a true box of its image.
+
+    Args:
+        boxes: ``[n, K, 4]`` of `threshold_boxes`.
+        truth: n arrays ``[m, 4]``, counted from 1, last pixel included, none empty.
+
+    Returns:
+        ``[n, K]``.
+    """
     flat, owners = localization.pair(truth)
     last = np.array([0, 0, 1, 1])
     return best_of(localization.box_iou(boxes[owners] + last, (flat + last)[:, None]), owners)

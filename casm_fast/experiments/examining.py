@@ -25,6 +25,7 @@ from casm_fast.data.transforms import normalize
 from casm_fast.experiments.study import IMAGENET_CLASSES, Study
 from casm_fast.models.classifier import Classifier, open_classifier
 from casm_fast.models.placement import choose_device
+from casm_fast.models.saliency import ResizePolicy
 
 NETWORK = "googlenet"
 """The network that the supplement explains."""
@@ -39,14 +40,20 @@ CHEAPER: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
         "meaningful_perturbation": {"steps": 60},
         "extremal_perturbation": {"steps": 120},
+        "guided_inversion": {"steps": 30},
+        "occlusion": {"stride": 4},
+        "blur_occlusion": {"stride": 4},
+        "variable_occlusion": {"count": 256},
         "rise": {"masks": 400},
-        "feature_inversion": {"steps": 20},
     },
     "smoke": {
         "meaningful_perturbation": {"steps": 2},
         "extremal_perturbation": {"steps": 2},
+        "guided_inversion": {"steps": 2},
+        "occlusion": {"stride": 8},
+        "blur_occlusion": {"stride": 8},
+        "variable_occlusion": {"count": 10},
         "rise": {"masks": 4},
-        "feature_inversion": {"steps": 2},
     },
 }
 """Options that make methods cheaper, by scale."""
@@ -61,14 +68,15 @@ class Entry:
         title: For people.
         method: Of `attribute`.
         options: Of the method.
-        score: What is explained.
+        own_class: Whether each image's own class is explained; else what the method takes by
+            itself.
     """
 
     name: str
     title: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    score: str = "logit"
+    own_class: bool = True
 
     def at(self, scale: str) -> Entry:
         """The same with the options of a scale, where the experiment names none."""
@@ -103,46 +111,48 @@ class Examples:
         """The true boxes of an image, ``[n, 4]``, in its own pixels."""
         return self.source.boxes(self.indices[place])
 
-    def maps(self, entry: Entry, classifier: Classifier, targets: Any = ...) -> Tensor:
-        """A method's maps, ``[B, 1, S, S]``.
-
-        Args:
-            entry: The method.
-            classifier: What is explained.
-            targets: Other classes than the labels; None: what the method takes by itself.
-        """
+    def maps(self, entry: Entry, classifier: Classifier) -> Tensor:
+        """A method's maps, ``[B, 1, S, S]``."""
         return attribute(
             entry.method,
             classifier.network,
             self.images,
-            list(self.targets) if targets is ... else targets,
-            score=entry.score,  # type: ignore[arg-type]
+            list(self.targets) if entry.own_class else None,
             **entry.options,
         )
 
 
-def explained(study: Study, backbone: str | None = None) -> Classifier:
+def explained(
+    study: Study, backbone: str | None = None, policy: ResizePolicy = "squash"
+) -> Classifier:
     """The classifier that is explained, on the device of the study.
 
     Args:
         study: Whose data and settings.
         backbone: Another architecture than the experiments' own.
+        policy: How pictures become squares.
     """
     wanted = backbone or study.settings.get("backbone")
     weights = study.settings.get("weights")
-    if not study.embedded and (weights or len(study.validation.classes) == IMAGENET_CLASSES):
+    if pretrained(study):
         opened = open_classifier(
             wanted or NETWORK,
             weights or "imagenet",
             classes=len(study.validation.classes),
-            policy="squash",
+            policy=policy,
         )
     else:
         settings: dict[str, Any] = {"backbone": wanted} if wanted else {}
         run = study.classifier(**settings)
-        opened = open_classifier(run.checkpoint, policy="squash")
+        opened = open_classifier(run.checkpoint, policy=policy)
     opened.network.to(choose_device(study.device))
     return opened
+
+
+def pretrained(study: Study) -> bool:
+    """Whether there are weights for the data set: ImageNet's, or those that the caller names."""
+    known = len(study.validation.classes) == IMAGENET_CLASSES
+    return not study.embedded and (known or bool(study.settings.get("weights")))
 
 
 def examples(
@@ -169,6 +179,12 @@ def examples(
             classifier.numbers(labels, source.classes, source.name),
             batch.geometries,
         )
+
+
+def spread(images: int, count: int) -> list[int]:
+    """Places that are spread evenly over a set, and so over its classes."""
+    count = min(count, images)
+    return [place * images // count for place in range(count)]
 
 
 def records(

@@ -14,17 +14,23 @@ import torch
 
 import casm_fast
 from casm_fast.experiments import (
+    animal_parts,
     architectures,
     claims,
     coco_examples,
+    comparison_grid,
+    distributions,
     failures,
     figure2,
     figure3,
     layers,
+    occlusion_variants,
+    pointing_game,
     preservation_vs_deletion,
     resizing,
     seeds,
     statistics,
+    supplement_table1,
     table1,
     table2,
     table3,
@@ -44,8 +50,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
         *(table1, table2, table3, seeds, statistics, figure2, figure3, resizing, claims),
-        *(top5_setting, architectures, layers, preservation_vs_deletion),
-        *(coco_examples, failures),
+        *(distributions, comparison_grid, top5_setting, architectures, layers),
+        *(preservation_vs_deletion, coco_examples, failures, animal_parts),
+        *(supplement_table1, pointing_game, occlusion_variants),
     )
 }
 """Every experiment by name: those of CASM's paper in its order, then those of the supplement."""
