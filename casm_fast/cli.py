@@ -163,8 +163,8 @@ class Train(Verb):
 class Extract(Verb):
     """Find one box per image, and measure its saliency map.
 
-    SOURCE is imagenet-val:DIR, imagenet:DIR, coco:DIR, folder:DIR, a path, or synthetic. The result
-    is a Parquet file with one row per image.
+    SOURCE is imagenet-val:DIR, imagenet:DIR, coco:DIR, voc:DIR, wsol:METADATA, folder:DIR, a path,
+    or synthetic. The result is a Parquet file with one row per image.
 
     Example: casm-fast extract runs/l100 imagenet-val:/data/ILSVRC --output val.parquet
     """
@@ -284,7 +284,7 @@ class Report(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce(Verb):
-    """Make a table or figure of the CASM paper again; without a name: list them.
+    """Make a table or figure of one of the two papers again; without a name: list them.
 
     Writes tables (JSON, CSV), figures (PNG) and one self-contained page, with the published values
     beside ours. On ImageNet the settings are the paper's. Interrupted, the same command goes on

@@ -280,7 +280,7 @@ def test_data_that_cannot_be_used_are_refused_before_any_training(
         reproduce("table2", data=str(bare), scale=ON_DISK, output=tmp_path / "b")
     assert str(refusal.value) == (
         f"reproduce: expected true boxes for table2, got none with imagenet-val:{bare}; "
-        "put ImageNet's XML annotations beside the images"
+        "for ImageNet, put its XML annotations beside the images"
     )
     assert not list(tmp_path.glob("*/runs"))
 

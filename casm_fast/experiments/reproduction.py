@@ -95,7 +95,7 @@ def reproduce(
     scale: Scale | None = None,
     **settings: Any,
 ) -> Reproduction:
-    """Reproduce a table or figure of the CASM paper.
+    """Reproduce a table or figure of the CASM paper, or of meaningful perturbation.
 
     On ImageNet with the paper's settings; on the embedded set with its preset, where directions
     can be compared and numbers cannot. A call that was stopped goes on where it stopped, and
@@ -163,7 +163,7 @@ def _check_data(study: Study, experiment: Experiment) -> None:
     if experiment.needs_boxes and not images.has_boxes:
         raise ValueError(
             f"reproduce: expected true boxes for {experiment.name}, got none with {images.name}; "
-            "put ImageNet's XML annotations beside the images"
+            "for ImageNet, put its XML annotations beside the images"
         )
 
 
