@@ -7,18 +7,21 @@ The objective of one image (Fong & Vedaldi 2017, eq. 6; supplement, eqs. 1 and 2
     both           lambda_l1 * sum |1 - m| + lambda_tv * TV(m) + score(m) - score(1 - m)
 
 score(m) is the targets' summed score of the image seen through m, shifted anew at each step. Only
-the score goes through autograd; the gradients of the two norms are written down. The only
-synchronisation is that of early stopping, where it is asked for.
+the classifier and what it is shown go through autograd; the rest of the gradient is written down.
+A step works in buffers that stay where they are and counts on the device, so that it can be
+captured in a CUDA graph. The only synchronisation is that of early stopping, where it is asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from casm_fast import ops
+from casm_fast.models.memory import is_out_of_memory
 from casm_fast.models.targets import Targets
 from casm_fast.perturbation.config import PerturbConfig
 from casm_fast.perturbation.judging import Judge
@@ -28,6 +31,9 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 LOOK_EVERY = 10
 """Steps between two looks at which images are finished, with early stopping."""
+
+WARM_UP = 2
+"""Steps on copies before a capture, in which libraries set themselves up."""
 
 TERMS = ("objective", "score", "complement", "l1", "tv")
 """The rows of the history; complement is score(1 - m), of the game "both"."""
@@ -69,25 +75,24 @@ def evaluate(
         an absolute value (m = 1; preservation: m = 0) the L1 term's gradient is 0.
     """
     config = judge.config
-    with torch.enable_grad():
-        leaf = masks.detach().requires_grad_()
-        score = judge.scores(pictures, leaf, shift, targets)
-        complement = None
-        aim = -score if config.game == "preservation" else score
-        if config.game == "both":
-            complement = judge.scores(pictures, 1 - leaf, shift, targets)
-            aim = score - complement
-        (gradient,) = torch.autograd.grad(aim.sum(), leaf)
-    tv, smooth = ops.tv_norm_with_gradient(
+    preserves = config.game == "preservation"
+    score, pull = judge.pull(pictures, masks, shift, targets)
+    aim, complement = score, None
+    if config.game == "both":
+        complement, other = judge.pull(pictures, 1 - masks, shift, targets)
+        aim, pull = score - complement, pull.add_(other)
+    tv, gradient = ops.tv_norm_with_gradient(
         masks, config.lambda_tv, config.tv_beta, config.tv_isotropic
     )
-    marked = masks if config.game == "preservation" else masks - 1
-    gradient = gradient + smooth + config.lambda_l1 * marked.sign()
-    l1 = marked.abs().sum(dim=(1, 2, 3))
-    objective = aim.detach() + config.lambda_l1 * l1 + config.lambda_tv * tv
+    costly = masks if preserves else 1 - masks  # not negative: an absolute value already
+    l1 = costly.sum(dim=(1, 2, 3))
+    sign = -1 if preserves else 1
+    gradient.add_(pull, alpha=sign).add_(costly.sign(), alpha=-sign * config.lambda_l1)
+    objective = torch.mul(tv, config.lambda_tv).add_(l1, alpha=config.lambda_l1)
+    objective.add_(aim, alpha=sign)
     if complement is None:
         complement = torch.full_like(score, torch.nan)
-    return torch.stack([objective, score.detach(), complement.detach(), l1, tv]), gradient
+    return torch.stack([objective, score, complement, l1, tv]), gradient
 
 
 def descend(
@@ -104,40 +109,108 @@ def descend(
 
     Returns:
         The masks and how they came about.
-    """
-    config = judge.config
-    count, steps = len(masks), len(shifts)
-    history = masks.new_full((steps, len(TERMS), count), torch.nan)
-    taken = torch.full((count,), steps, dtype=torch.int64, device=masks.device)
-    last, best = masks.clone(), masks.clone()
-    broken = torch.zeros(count, dtype=torch.bool, device=masks.device)
 
-    places = torch.arange(count, device=masks.device)  # of the images still in the batch
-    state = _State.of(masks)
-    for step in range(steps):
-        terms, gradient = evaluate(judge, pictures, targets, state.masks, shifts[step])
-        finite = (terms[0] + gradient.sum(dim=(1, 2, 3))).isfinite()  # of all, in one pass
-        history[step][:, places] = torch.where(state.broken, torch.nan, terms)
-        state.note(terms[0], finite, config)
-        state.move(gradient, step, config)
-        if config.patience > 0 and (step + 1) % LOOK_EVERY == 0:
-            done = (state.stale >= config.patience) | state.broken
-            if bool(done.any()):  # waits for the device
-                gone = places[done]
-                last[gone], best[gone] = state.masks[done], state.best[done]
-                broken[gone], taken[gone] = state.broken[done], step + 1
-                stay = torch.nonzero(~done)[:, 0]
-                places, state = places[stay], state.select(stay)
-                pictures, targets = pictures.select(stay), targets.select(stay)
+    Raises:
+        ValueError: A CUDA graph is asked for, and the classifier's pass cannot be captured.
+    """
+    patience, steps = judge.config.patience, len(shifts)
+    made = _State.of(masks, steps)  # of all images, each as it left
+    taken = torch.full((len(masks),), steps, dtype=torch.int64, device=masks.device)
+    places = torch.arange(len(masks), device=masks.device)  # of the images still in the batch
+    batch = Steps(judge, pictures, targets, shifts, _State.of(masks, steps))
+    step = batch.ready()
+    for number in range(1, steps + 1):
+        step()
+        if patience > 0 and number % LOOK_EVERY == 0 and number < steps:
+            done = (batch.state.stale >= patience) | batch.state.broken
+            if not bool(done.any()):  # waits for the device
+                continue
+            made.put(places[done], batch.state.select(done))
+            taken[places[done]] = number
+            places, batch = places[~done], batch.select(~done)
             if len(places) == 0:
                 break
-    last[places], best[places], broken[places] = state.masks, state.best, state.broken
-    return Descent(last, best, history.permute(2, 1, 0).contiguous(), taken, broken)
+            step = batch.ready()
+    made.put(places, batch.state)
+    history = made.history.permute(0, 2, 1).contiguous()
+    return Descent(made.masks, made.best, history, taken, made.broken)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Steps:
+    """All that a step reads and writes, for the images still in the batch.
+
+    Attributes:
+        judge: Gives the scores.
+        pictures: Of the images.
+        targets: Their classes.
+        shifts: ``[steps, 2]`` int32.
+        state: What changes from step to step, each tensor in its place.
+    """
+
+    judge: Judge
+    pictures: Pictures
+    targets: Targets
+    shifts: Tensor
+    state: _State
+
+    def __call__(self) -> None:
+        """Take the next step; no allocation outlives it, and the host learns nothing."""
+        state = self.state
+        shift = self.shifts.index_select(0, state.place).view(2)
+        terms, gradient = evaluate(self.judge, self.pictures, self.targets, state.masks, shift)
+        state.note(terms, gradient, self.judge.config)
+        state.move(gradient, self.judge.config)
+
+    def select(self, places: Tensor) -> Steps:
+        """The steps of some images, in buffers of their own."""
+        return Steps(
+            self.judge,
+            self.pictures.select(places),
+            self.targets.select(places),
+            self.shifts,
+            self.state.select(places),
+        )
+
+    def ready(self) -> Callable[[], None]:
+        """The step as it will be taken: itself, or the replay of its CUDA graph.
+
+        Raises:
+            ValueError: It cannot be captured.
+        """
+        if not self.judge.config.cuda_graph:
+            return self
+        everyone = torch.ones_like(self.state.broken)
+        try:
+            aside = torch.cuda.Stream(self.shifts.device)
+            aside.wait_stream(torch.cuda.current_stream(self.shifts.device))
+            with torch.cuda.stream(aside):
+                rehearsal = Steps(
+                    self.judge,
+                    self.pictures,
+                    self.targets,
+                    self.shifts.repeat(WARM_UP, 1),
+                    self.state.select(everyone),
+                )
+                for _ in range(WARM_UP):
+                    rehearsal()
+            torch.cuda.current_stream(self.shifts.device).wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                "cuda_graph: expected a classifier whose pass can be captured, without waiting for "
+                f"the device or shapes that depend on data, got {error}; leave cuda_graph off"
+            ) from error
+        return graph.replay
+
+
+@dataclass(frozen=True)
 class _State:
-    """What the descent carries from step to step, one row per image still in the batch."""
+    """What changes from step to step, one row per image, and the number of the step."""
 
     masks: Tensor
     mean: Tensor  # Adam's moments
@@ -147,41 +220,81 @@ class _State:
     level: Tensor  # objective that must be undercut by the tolerance
     stale: Tensor  # steps since it was
     broken: Tensor
+    history: Tensor  # [B, steps, 5]
+    place: Tensor  # [1] int64, steps taken
+    time: Tensor  # the same as Adam's kernel reads it, float32
 
     @staticmethod
-    def of(masks: Tensor) -> _State:
+    def of(masks: Tensor, steps: int) -> _State:
         count, device = len(masks), masks.device
         high = torch.full((count,), torch.inf, dtype=masks.dtype, device=device)
         return _State(
-            masks=masks.clone(),
-            mean=torch.zeros_like(masks),
-            square=torch.zeros_like(masks),
-            best=masks.clone(),
+            masks=masks.clone(memory_format=torch.contiguous_format),
+            mean=torch.zeros_like(masks, memory_format=torch.contiguous_format),
+            square=torch.zeros_like(masks, memory_format=torch.contiguous_format),
+            best=masks.clone(memory_format=torch.contiguous_format),
             lowest=high,
             level=high.clone(),
             stale=torch.zeros(count, dtype=torch.int64, device=device),
             broken=torch.zeros(count, dtype=torch.bool, device=device),
+            history=masks.new_full((count, steps, len(TERMS)), torch.nan),
+            place=torch.zeros(1, dtype=torch.int64, device=device),
+            time=torch.zeros((), dtype=torch.float32, device=device),
         )
 
+    def rows(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if name not in _SHARED}
+
     def select(self, places: Tensor) -> _State:
-        return _State(**{name: value[places] for name, value in vars(self).items()})
+        """Some images, copied."""
+        shared = {name: getattr(self, name).clone() for name in _SHARED}
+        return _State(**shared, **{name: value[places] for name, value in self.rows().items()})
 
-    def note(self, objective: Tensor, finite: Tensor, config: PerturbConfig) -> None:
-        """Keep the best masks; an image that is not finite stays where it is from now on."""
-        self.broken = self.broken | ~finite
-        better = (objective < self.lowest) & ~self.broken
-        self.lowest = torch.where(better, objective, self.lowest)
-        self.best = torch.where(better[:, None, None, None], self.masks, self.best)
+    def put(self, places: Tensor, other: _State) -> None:
+        """Write the rows of some images."""
+        for name, value in other.rows().items():
+            getattr(self, name)[places] = value
+
+    def note(self, terms: Tensor, gradient: Tensor, config: PerturbConfig) -> None:
+        """Keep the best masks and the history; what is not finite is broken from now on."""
+        terms.masked_fill_(self.broken, torch.nan)
+        self.history.index_copy_(1, self.place, terms.T[:, None])
+        objective = terms[0]
+        # The objective where it and the gradient are finite, else NaN, which is below nothing.
+        sound = gradient.sum(dim=(1, 2, 3)).add_(objective).mul_(0).add_(objective)
+        torch.ne(sound, sound, out=self.broken)
+        better = (sound < self.lowest).view(-1, 1, 1, 1)
+        torch.where(better, self.masks, self.best, out=self.best)
+        torch.fmin(self.lowest, sound, out=self.lowest)
         if config.patience > 0:
-            lower = objective < self.level - config.tolerance
-            self.level = torch.where(lower, objective, self.level)
-            self.stale = torch.where(lower, 0, self.stale + 1)
+            lower = sound < self.level - config.tolerance
+            torch.where(lower, sound, self.level, out=self.level)
+            self.stale.add_(1).masked_fill_(lower, 0)
 
-    def move(self, gradient: Tensor, step: int, config: PerturbConfig) -> None:
-        """One step of Adam, and the clamp."""
-        self.mean.lerp_(gradient, 1 - BETAS[0])
-        self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        spread = (self.square / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
-        size = config.learning_rate / (1 - BETAS[0] ** (step + 1))
-        moved = torch.addcdiv(self.masks, self.mean, spread, value=-size).clamp_(0, 1)
-        self.masks = torch.where(self.broken[:, None, None, None], self.masks, moved)
+    def move(self, gradient: Tensor, config: PerturbConfig) -> None:
+        """One step of Adam, and the clamp; broken images stay where they are."""
+        broken = self.broken.view(-1, 1, 1, 1)
+        gradient.masked_fill_(broken, 0)
+        self.mean.masked_fill_(broken, 0)
+        self.time.add_(1)
+        # The kernel of torch.optim.Adam(fused=True), without the optimiser's 30 microseconds.
+        torch._fused_adam_(
+            [self.masks],
+            [gradient],
+            [self.mean],
+            [self.square],
+            [],
+            [self.time],
+            lr=config.learning_rate,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+        )
+        self.masks.clamp_(0, 1)
+        self.place.add_(1)
+
+
+_SHARED = ("place", "time")

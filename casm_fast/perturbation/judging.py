@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class Judge:
         mask: What the layer's activation is multiplied by during a pass.
         activation: Shape of the layer's activation in the last pass.
         visits: How often the layer ran in the last pass.
+        wanted: Targets, and how often each class is among them, ``[B, K]``: of the last descent.
     """
 
     classifier: Classifies
@@ -43,6 +44,7 @@ class Judge:
     mask: Tensor | None = None
     activation: tuple[int, ...] = ()
     visits: int = field(default=0)
+    wanted: tuple[Targets, Tensor] | None = field(default=None, repr=False)
 
     def scores(
         self, pictures: Pictures, mask: Tensor | None, shift: Tensor, targets: Targets
@@ -55,6 +57,39 @@ class Judge:
             values = values.log_softmax(dim=1)
         return targets.of(values)
 
+    def pull(
+        self, pictures: Pictures, mask: Tensor, shift: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        """`scores`, and the gradient of each for its own mask, ``[B, 1, h, w]``.
+
+        From the logits on the gradient is written down: of the softmax p and targets w it is
+        ``p * (w - score)``, of its logarithm ``w - sum(w) * p``, of the logits w.
+        """
+        with torch.enable_grad():
+            leaf = mask.detach().requires_grad_()
+            logits = self.logits(pictures, leaf, shift)
+        values = logits.detach()
+        wanted = self._wanted(targets, values)
+        if self.config.score == "softmax":
+            values = values.softmax(dim=1)
+            score = (values * wanted).sum(dim=1)
+            seed = (wanted - score[:, None]).mul_(values)
+        elif self.config.score == "log_softmax":
+            values = values.log_softmax(dim=1)
+            score = targets.of(values)
+            seed = wanted - values.exp() * wanted.sum(dim=1, keepdim=True)
+        else:
+            score, seed = targets.of(values), wanted
+        (gradient,) = torch.autograd.grad(logits, leaf, seed)
+        return score, gradient
+
+    def _wanted(self, targets: Targets, values: Tensor) -> Tensor:
+        if self.wanted is None or self.wanted[0] is not targets:
+            counts, there = torch.zeros_like(values), targets.classes >= 0
+            counts.scatter_add_(1, targets.classes.clamp(min=0), there.to(values))
+            self.wanted = targets, counts
+        return self.wanted[1]
+
     def logits(self, pictures: Pictures, mask: Tensor | None, shift: Tensor) -> Tensor:
         """What the classifier answers, ``[B, K]`` in the dtype of the images.
 
@@ -64,10 +99,15 @@ class Judge:
         inner = self.config.layer is not None
         images = pictures.shown(None if inner else mask, shift)
         self.mask, self.visits = (mask if inner else None), 0
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+        with self._precision(images.device.type):
             answer = self.classifier(images if self.dtype is None else images.to(self.dtype))
         self.mask = None
         return as_logits(answer, len(images), self.config.score).to(images.dtype)
+
+    def _precision(self, device: str) -> AbstractContextManager[object]:
+        if self.config.amp == "off" and not torch.is_autocast_enabled(device):
+            return nullcontext()  # autocast costs 10 microseconds even where it does nothing
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.amp == "bf16")
 
     def hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """Multiplies the activation of the layer by the mask."""
