@@ -165,9 +165,9 @@ class PerturbConfig:
     """Mixed precision of the classifier; masks, scores and sums stay float32."""
 
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """How images lie in memory before the classifier; changes rounding alone. auto: channels_last on
-    the CPU for float32 batches of 8 and more, if a trial shows that the classifier takes it;
-    convolutions are up to twice as fast."""
+    """How the classifier's images lie in memory; only rounding depends on it. auto: channels_last
+    for float32 batches of 8 and more on the CPU, if a trial shows that the classifier takes it:
+    there convolutions are up to twice as fast."""
 
     cuda_graph: bool = False
     """Capture one step in a CUDA graph and replay it, on GPUs: for classifiers whose kernels are

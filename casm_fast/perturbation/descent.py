@@ -15,7 +15,7 @@ captured in a CUDA graph. The only synchronisation is that of early stopping, wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def descend(
     made = _State.of(masks, steps)  # of all images, each as it left
     taken = torch.full((len(masks),), steps, dtype=torch.int64, device=masks.device)
     places = torch.arange(len(masks), device=masks.device)  # of the images still in the batch
-    batch = Steps(judge, pictures, targets, shifts, _State.of(masks, steps))
+    batch = Step(judge, pictures, targets, shifts, _State.of(masks, steps))
     step = batch.ready()
     for number in range(1, steps + 1):
         step()
@@ -137,7 +137,7 @@ def descend(
 
 
 @dataclass(frozen=True)
-class Steps:
+class Step:
     """All that a step reads and writes, for the images still in the batch.
 
     Attributes:
@@ -162,9 +162,9 @@ class Steps:
         state.note(terms, gradient, self.judge.config)
         state.move(gradient, self.judge.config)
 
-    def select(self, places: Tensor) -> Steps:
+    def select(self, places: Tensor) -> Step:
         """The steps of some images, in buffers of their own."""
-        return Steps(
+        return Step(
             self.judge,
             self.pictures.select(places),
             self.targets.select(places),
@@ -180,21 +180,16 @@ class Steps:
         """
         if not self.judge.config.cuda_graph:
             return self
-        everyone = torch.ones_like(self.state.broken)
+        here = torch.cuda.current_stream(self.shifts.device)
+        aside = torch.cuda.Stream(self.shifts.device)  # type: ignore[no-untyped-call]
         try:
-            aside = torch.cuda.Stream(self.shifts.device)
-            aside.wait_stream(torch.cuda.current_stream(self.shifts.device))
+            aside.wait_stream(here)
             with torch.cuda.stream(aside):
-                rehearsal = Steps(
-                    self.judge,
-                    self.pictures,
-                    self.targets,
-                    self.shifts.repeat(WARM_UP, 1),
-                    self.state.select(everyone),
-                )
+                rehearsal = replace(self, state=self.state.copy())
                 for _ in range(WARM_UP):
+                    rehearsal.state.place.zero_()
                     rehearsal()
-            torch.cuda.current_stream(self.shifts.device).wait_stream(aside)
+            here.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self()
@@ -203,7 +198,7 @@ class Steps:
                 raise
             raise ValueError(
                 "cuda_graph: expected a classifier whose pass can be captured, without waiting for "
-                f"the device or shapes that depend on data, got {error}; leave cuda_graph off"
+                f"the device, got {str(error).splitlines()[0]}; leave cuda_graph off"
             ) from error
         return graph.replay
 
@@ -246,9 +241,12 @@ class _State:
         return {name: value for name, value in vars(self).items() if name not in _SHARED}
 
     def select(self, places: Tensor) -> _State:
-        """Some images, copied."""
-        shared = {name: getattr(self, name).clone() for name in _SHARED}
-        return _State(**shared, **{name: value[places] for name, value in self.rows().items()})
+        """Some images, in buffers of their own."""
+        some = {name: value[places] for name, value in self.rows().items()}
+        return _State(**{**vars(self.copy()), **some})
+
+    def copy(self) -> _State:
+        return _State(**{name: value.clone() for name, value in vars(self).items()})
 
     def put(self, places: Tensor, other: _State) -> None:
         """Write the rows of some images."""

@@ -33,7 +33,7 @@ ROWS, SETTINGS, IMAGES = "rows.jsonl", "settings.json", "images"
 ON_CPU, ON_GPU = 8, 64
 """Images between two rows that are safe, where batch_size names no number."""
 
-_SPEED = ("batch_size", "memory_budget")  # no row depends on them
+_SPEED = ("batch_size", "memory_budget", "layout", "cuda_graph")  # no row depends on them
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ class Pictures:
             l = 0 ... L - 1, ``[B, C, H + j, W + j]`` each; empty otherwise.
         size: (H, W), what the classifier sees.
         sigma: Of the masks' up-sampling, in their cells.
+        layout: How all of them, and what is shown, lie in memory; preserve_format: as they came.
     """
 
     images: Tensor
@@ -36,15 +38,15 @@ class Pictures:
     levels: tuple[Tensor, ...]
     size: tuple[int, int]
     sigma: float
+    layout: torch.memory_format = torch.preserve_format
+
+    def laid_out(self, layout: torch.memory_format) -> Pictures:
+        """The same pictures in another layout."""
+        return replace(self, layout=layout)._each(lambda images: images.to(memory_format=layout))
 
     def select(self, places: Tensor | slice) -> Pictures:
         """The pictures at some places of the batch."""
-        return replace(
-            self,
-            images=self.images[places],
-            hidden=None if self.hidden is None else self.hidden[places],
-            levels=tuple(level[places] for level in self.levels),
-        )
+        return self._each(lambda images: images[places].to(memory_format=self.layout))
 
     def enlarged(self, pixels: int) -> Pictures:
         """The pictures at ``[H + pixels, W + pixels]``, bilinear, still seen at ``[H, W]``.
@@ -56,13 +58,17 @@ class Pictures:
         size = [side + pixels for side in self.size]
 
         def enlarge(images: Tensor) -> Tensor:
-            return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            large = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            return large.to(memory_format=self.layout)
 
+        return self._each(enlarge)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pictures:
         return replace(
             self,
-            images=enlarge(self.images),
-            hidden=None if self.hidden is None else enlarge(self.hidden),
-            levels=tuple(enlarge(level) for level in self.levels),
+            images=change(self.images),
+            hidden=None if self.hidden is None else change(self.hidden),
+            levels=tuple(change(level) for level in self.levels),
         )
 
     def shown(self, mask: Tensor | None, shift: Tensor) -> Tensor:
@@ -83,9 +89,12 @@ class Pictures:
         return ops.jitter_mask(self.images, self.hidden, mask, offsets, self.size, self.sigma)
 
     def _window(self, images: Tensor, shift: Tensor) -> Tensor:
+        if images.shape[2:] == self.size:
+            return images.clone()
         rows = shift[0] + torch.arange(self.size[0], device=images.device)
         columns = shift[1] + torch.arange(self.size[1], device=images.device)
-        return images.index_select(2, rows).index_select(3, columns)
+        window = images.index_select(2, rows).index_select(3, columns)
+        return window.to(memory_format=self.layout)
 
     def _blurred_by(self, mask: Tensor, shift: Tensor) -> Tensor:
         """Each pixel from the two blurs beside its own, ``sigma * (1 - m)``, linearly."""
@@ -96,15 +105,18 @@ class Pictures:
             falling = ((number + 1) ** 2 - place) / (2 * number + 1)
             weight = torch.minimum(rising, falling).clamp(min=0)
             total = total + weight * self._window(level, shift)
-        return total
+        return total.to(memory_format=self.layout)
 
 
-def pictures(images: Tensor, config: PerturbConfig) -> Pictures:
+def pictures(
+    images: Tensor, config: PerturbConfig, layout: torch.memory_format = torch.preserve_format
+) -> Pictures:
     """Images and their replacements, without room for shifts; blurs are computed here, once.
 
     Args:
         images: ``[B, C, H, W]``, float32 or float64.
         config: Which replacements.
+        layout: How they will lie in memory.
 
     Raises:
         ValueError: The colour has another number of channels.
@@ -120,7 +132,7 @@ def pictures(images: Tensor, config: PerturbConfig) -> Pictures:
         else:
             hidden = _mixture(images, config)
     size = (images.shape[2], images.shape[3])
-    return Pictures(images, hidden, levels, size, config.mask_sigma)
+    return Pictures(images, hidden, levels, size, config.mask_sigma).laid_out(layout)
 
 
 def _mixture(images: Tensor, config: PerturbConfig) -> Tensor | None:
