@@ -99,9 +99,18 @@ class Judge:
         inner = self.config.layer is not None
         images = pictures.shown(None if inner else mask, shift)
         self.mask, self.visits = (mask if inner else None), 0
+        answer = self.ask(images)
+        self.mask = None
+        return answer
+
+    def ask(self, images: Tensor) -> Tensor:
+        """What the classifier answers to images ``[B, C, H, W]`` as they are.
+
+        Raises:
+            ValueError: It answers something else than logits.
+        """
         with self._precision(images.device.type):
             answer = self.classifier(images if self.dtype is None else images.to(self.dtype))
-        self.mask = None
         return as_logits(answer, len(images), self.config.score).to(images.dtype)
 
     def _precision(self, device: str) -> AbstractContextManager[object]:
