@@ -83,7 +83,7 @@ def slow_smooth_max(
         ((11, 14), 3, 4.0, 20.0),
         ((6, 5), 2, 5.0, 3.0),
         ((4, 7), 1, 0.7, 20.0),
-        ((5, 5), 7, 9.0, 0.0),
+        ((5, 5), 7, 9.0, 0.1),
     ],
 )
 def test_the_smooth_max_is_its_definition(
@@ -96,8 +96,8 @@ def test_the_smooth_max_is_its_definition(
     generator = torch.Generator().manual_seed(1)
     parameters = torch.rand(2, 1, h, w, generator=generator, dtype=torch.float64)
     gradient = torch.randn(2, 1, *size, generator=generator, dtype=torch.float64)
-    masks = smooth_max.masks(parameters)
-    pulled = smooth_max.pull(parameters, masks, gradient)
+    masks, sums = smooth_max.masks(parameters)
+    pulled = smooth_max.pull(parameters, masks, sums, gradient)
     assert masks.shape == (2, 1, *size)
     for number in range(2):
         leaf = parameters[number, 0].clone().requires_grad_()
@@ -112,7 +112,7 @@ def test_one_parameter_shows_a_disc() -> None:
     smooth_max = SmoothMax((49, 49), 7, 14.0, 20.0, torch.zeros((), dtype=torch.float64))
     parameters = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
     parameters[0, 0, 3, 3] = 1
-    mask = smooth_max.masks(parameters)[0, 0].numpy()
+    mask = smooth_max.masks(parameters)[0][0, 0].numpy()
     away = np.hypot(*(np.indices((49, 49)) - 24))
     assert mask[away <= 7].min() > 0.999
     assert mask[away > 24].max() < 0.1

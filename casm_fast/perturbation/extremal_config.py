@@ -121,9 +121,8 @@ _LEAST: dict[str, float] = {
     "cell": 1,
     "levels": 2,
     "max_blur": 0,
-    "coldness": 0,
     "area_weight": 0,
     "area_growth": 1,
     "smooth": 0,
 }
-_POSITIVE = ("learning_rate", "sigma", "batch_size", "memory_budget")
+_POSITIVE = ("learning_rate", "sigma", "coldness", "batch_size", "memory_budget")

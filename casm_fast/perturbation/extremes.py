@@ -15,6 +15,7 @@ its own, and all of them are solved at once. All defaults are those of the paper
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,10 +210,10 @@ def _descend(
     momentum = torch.zeros_like(parameters)
     broken = torch.zeros(B * A, dtype=torch.bool, device=parameters.device)
     history = parameters.new_full((config.steps, 3, B * A), torch.nan)
-    first = ranked_area(smooth_max.masks(parameters).view(B, A, *smooth_max.size), areas)[0]
+    first = ranked_area(smooth_max.masks(parameters)[0].view(B, A, *smooth_max.size), areas)[0]
     for step in range(config.steps):
         weight = config.area_weight * config.area_growth**step
-        masks = smooth_max.masks(parameters)
+        masks, sums = smooth_max.masks(parameters)
         mirrored = config.flip and step % 2 == 0
         regions = masks.view(B, A, *smooth_max.size)
         reward, gradient = _rewarded(judge, veil, every, regions, config, mirrored)
@@ -221,13 +222,13 @@ def _descend(
         objective = reward - weight * loss
         history[step] = torch.stack([objective, reward, loss]).masked_fill_(broken, torch.nan)
         gradient = torch.sub(weight * grad_loss.view_as(masks), gradient.view_as(masks))
-        gradient = smooth_max.pull(parameters, masks, gradient)
+        gradient = smooth_max.pull(parameters, masks, sums, gradient)
         broken = broken | ~(objective + gradient.sum(dim=(1, 2, 3))).isfinite()
         kept = 0.0 if step == 0 else config.dampening
         momentum.mul_(config.momentum).add_(gradient, alpha=1 - kept)
         moved = (parameters - config.learning_rate * momentum).clamp_(0, 1)
         parameters = torch.where(broken[:, None, None, None], parameters, moved)
-    masks = smooth_max.masks(parameters)
+    masks, _ = smooth_max.masks(parameters)
     regions = masks.view(B, A, *masks.shape[2:])
     last, _ = ranked_area(regions, areas)
     after = every.of(judge.ask(veil.shown(1 - regions if config.variant == "delete" else regions)))
@@ -281,7 +282,5 @@ def _footprint(judge: Judge, image: Tensor, smooth_max: SmoothMax, config: Extre
     targets = Targets(torch.zeros(1, 1, dtype=torch.int64, device=image.device))
     own = module.parameters() if isinstance(module, nn.Module) else ()
     kept = footprint(lambda: _rewarded(judge, veil, targets, mask, config, True), own)
-    neighbours = (2 * smooth_max.radius + 1) ** 2
-    h, w = smooth_max.grid
-    row = 4 * config.cell * neighbours * h * w * image.element_size()
-    return kept + row + veil.levels.nbytes + 8 * image.nbytes
+    cells = 8 * smooth_max.kernels.shape[1] * math.prod(smooth_max.grid) * image.element_size()
+    return kept + cells + veil.levels.nbytes + 8 * image.nbytes

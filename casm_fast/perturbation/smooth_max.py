@@ -13,8 +13,8 @@ cells that lie at most ``1 + ceil(sigma / cell)`` cells beside the pixel's own, 
 beyond the border are 0.
 
 Pixels at the same place inside their cells have the same kernels, so that a mask is ``cell^2``
-products of a table with the neighbourhoods of cells. They are worked through row by row of a cell,
-and again for the gradient, which needs less time than keeping them needs memory.
+products of a table with the neighbourhoods of cells. They are worked through some places at a time,
+and again for the gradient, which takes less time than keeping them would take memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from casm_fast.models.memory import slices
+
+ON_CPU, ON_GPU = 2**20, 2**28
+"""Bytes of values that are worked on at a time: what a core's cache holds, what fills a GPU."""
 
 
 class SmoothMax:
@@ -38,7 +43,7 @@ class SmoothMax:
         size: (H, W) of the masks.
         cell: Pixels per cell and axis.
         sigma: Of the kernel, in pixels.
-        coldness: c; the maximum is the harder the larger.
+        coldness: c, above 0; the maximum is the harder the larger.
         like: Gives dtype and device.
     """
 
@@ -53,49 +58,58 @@ class SmoothMax:
         along = (inside[:, None] - centres).square()  # [cell, 2 r + 1]
         squares = along[:, None, :, None] + along[None, :, None, :]
         beyond = (squares.sqrt() / sigma - 0.5).clamp(min=0)
-        # [row inside a cell, column inside it, neighbours]
-        self.kernels = torch.exp(-2 * beyond.square()).flatten(2).to(like)
+        # [places inside a cell, neighbours]
+        self.kernels = torch.exp(-2 * beyond.square()).flatten(2).flatten(0, 1).to(like)
 
-    def masks(self, parameters: Tensor) -> Tensor:
-        """``[n, 1, h, w]`` -> ``[n, 1, H, W]``, both in [0, 1]."""
-        rows = []
-        for _, values, weights in self._rows(parameters):
-            total = weights.sum(dim=2)
-            rows.append(values.mul_(weights).sum(dim=2).div_(total))
-        return self._as_images(torch.stack(rows, dim=1))
+    def masks(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Make masks.
 
-    def pull(self, parameters: Tensor, masks: Tensor, gradient: Tensor) -> Tensor:
+        Args:
+            parameters: ``[n, 1, h, w]`` in [0, 1].
+
+        Returns:
+            The masks, ``[n, 1, H, W]`` in [0, 1], and each pixel's sum of exp(c f), for `pull`.
+        """
+        masks, sums = [], []
+        for _, values, weights in self._values(parameters):
+            sums.append(weights.sum(dim=2))
+            masks.append(weights.mul_(values).sum(dim=2).div_(sums[-1]))
+        return self._as_images(torch.cat(masks, dim=1)), self._as_images(torch.cat(sums, dim=1))
+
+    def pull(self, parameters: Tensor, masks: Tensor, sums: Tensor, gradient: Tensor) -> Tensor:
         """The gradient of the masks brought back to their parameters.
 
         ``dm / df_v = exp(c f_v) (1 + c (f_v - m)) / sum exp(c f)``.
 
         Args:
             parameters: ``[n, 1, h, w]``.
-            masks: What `masks` made of them.
+            masks: What `masks` made of them,
+            sums: and beside them.
             gradient: ``[n, 1, H, W]``.
 
         Returns:
             ``[n, 1, h, w]``.
         """
-        c, side, (h, w) = self.coldness, 2 * self.radius + 1, self.grid
-        made, wanted = self._as_cells(masks), self._as_cells(gradient)
+        (h, w), side = self.grid, 2 * self.radius + 1
+        outer = self._as_cells(self.coldness * gradient / sums)
+        inner = self._as_cells(1 / self.coldness - masks)
         pulled = parameters.new_zeros(len(parameters), side * side, h * w)
-        for row, values, weights in self._rows(parameters):
-            scale = wanted[:, row] / weights.sum(dim=2)
-            values.sub_(made[:, row, :, None]).mul_(c).add_(1).mul_(weights)
-            values.mul_(scale[:, :, None]).mul_(self.kernels[row][:, :, None])
-            pulled.add_(values.sum(dim=1))  # over the columns inside a cell
+        for part, values, weights in self._values(parameters):
+            weights.mul_(values.add_(inner[:, part, None])).mul_(outer[:, part, None])
+            for place, kernel in enumerate(self.kernels[part]):
+                pulled.addcmul_(weights[:, place], kernel[:, None])
         return F.fold(pulled, self.grid, side, padding=self.radius)
 
-    def _rows(self, parameters: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each row inside a cell: f and exp(c f), ``[n, cell, neighbours, h w]``."""
-        around = F.unfold(parameters, 2 * self.radius + 1, padding=self.radius)
-        for row in range(self.cell):
-            values = self.kernels[row][:, :, None] * around[:, None]
-            yield row, values, values.mul(self.coldness).exp_()
+    def _values(self, parameters: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of some places inside a cell: f and exp(c f), ``[n, places, neighbours, h w]``."""
+        around = F.unfold(parameters, 2 * self.radius + 1, padding=self.radius)[:, None]
+        most = ON_GPU if parameters.is_cuda else ON_CPU
+        for part in slices(len(self.kernels), max(1, most // around.nbytes)):
+            values = self.kernels[part, :, None] * around
+            yield part, values, values.mul(self.coldness).exp_()
 
     def _as_images(self, cells: Tensor) -> Tensor:
-        """``[n, cell, cell, h w]`` -> ``[n, 1, H, W]``."""
+        """``[n, places, h w]`` -> ``[n, 1, H, W]``."""
         h, w = self.grid
         n, cell = len(cells), self.cell
         large = cells.view(n, cell, cell, h, w).permute(0, 3, 1, 4, 2)
@@ -108,4 +122,4 @@ class SmoothMax:
         (H, W) = self.size
         full = F.pad(images, (0, w * cell - W, 0, h * cell - H))
         cells = full.view(len(images), h, cell, w, cell).permute(0, 2, 4, 1, 3)
-        return cells.reshape(len(images), cell, cell, h * w)
+        return cells.reshape(len(images), cell * cell, h * w)
