@@ -212,9 +212,10 @@ def test_steps(
     )
 
 
-def python_loops(mask: np.ndarray, gradient: np.ndarray, scale: int) -> Tensor:
-    """The mask enlarged and the gradient brought down, number by number."""
+def python_loops(mask: np.ndarray, gradient: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The mask enlarged and the gradient brought down, number by number, flat."""
     h, w = mask.shape
+    scale = len(gradient) // h
     large = np.zeros((h * scale, w * scale), np.float32)
     for y in range(h * scale):
         for x in range(w * scale):
@@ -225,13 +226,15 @@ def python_loops(mask: np.ndarray, gradient: np.ndarray, scale: int) -> Tensor:
             for dy in range(scale):
                 for dx in range(scale):
                     small[y, x] += gradient[y * scale + dy, x * scale + dx]
-    return torch.cat([torch.from_numpy(large).flatten(), torch.from_numpy(small).flatten()])
+    return torch.from_numpy(large).flatten(), torch.from_numpy(small).flatten()
 
 
-def test_resampling(race: Callable[..., dict[str, Any]], device: torch.device) -> None:
+@pytest.mark.parametrize("batch", [1, 32])
+def test_resampling(race: Callable[..., dict[str, Any]], device: torch.device, batch: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    mask = torch.rand(1, 1, 28, 28, generator=generator).to(device)
-    gradient = torch.randn(1, 1, 224, 224, generator=generator).to(device)
+    mask = torch.rand(batch, 1, 28, 28, generator=generator).to(device)
+    gradient = torch.randn(batch, 1, 224, 224, generator=generator).to(device)
+    numbers = [one[:, 0].cpu().numpy() for one in (mask, gradient)]
 
     def resample(enlarge: Callable[[Tensor], Tensor]) -> Tensor:
         leaf = mask.detach().requires_grad_()
@@ -239,18 +242,20 @@ def test_resampling(race: Callable[..., dict[str, Any]], device: torch.device) -
         (small,) = torch.autograd.grad(large, leaf, gradient)
         return torch.cat([large.detach().flatten(), small.flatten()])
 
+    def loops() -> Tensor:
+        large, small = zip(*map(python_loops, *numbers), strict=True)
+        return torch.cat([*large, *small])
+
     race(
         op="perturb",
-        case="resampling of a step, 28x28 and 224x224",
+        case=f"resampling of a step, {batch}x1x28x28 and 224x224",
         ours=lambda: resample(lambda leaf: ops.upsample_mask(leaf, (224, 224), 0.0)),
         peers={
             "torch": lambda: resample(lambda leaf: interpolate(leaf, scale_factor=8.0)),
-            "Python loops": lambda: python_loops(
-                mask[0, 0].cpu().numpy(), gradient[0, 0].cpu().numpy(), 8
-            ),
+            "Python loops": loops,
         },
         expected=lambda: resample(lambda leaf: interpolate(leaf, scale_factor=8.0)),
         tolerance=1e-4,
         bytes=2 * (mask.nbytes + gradient.nbytes),
-        images=1,
+        images=batch,
     )
