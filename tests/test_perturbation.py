@@ -671,6 +671,7 @@ def test_a_captured_step_is_replayed(patience: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     PretendGraph.captures = 0
 
     net, images = small_net(), some_images(4)

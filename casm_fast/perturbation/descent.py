@@ -180,8 +180,9 @@ class Step:
         """
         if not self.judge.config.cuda_graph:
             return self
-        here = torch.cuda.current_stream(self.shifts.device)
-        aside = torch.cuda.Stream(self.shifts.device)  # type: ignore[no-untyped-call]
+        device = self.shifts.device
+        here = torch.cuda.current_stream(device)
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         try:
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
@@ -191,7 +192,7 @@ class Step:
                     rehearsal()
             here.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(device), torch.cuda.graph(graph):
                 self()
         except RuntimeError as error:
             if is_out_of_memory(error):
