@@ -704,6 +704,20 @@ def test_a_captured_step_is_replayed(patience: int, monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("patience", [0, 15])
+def test_a_cuda_graph_gives_what_the_steps_give(patience: int) -> None:
+    net = small_net(torch.float32).cuda()
+    images = some_images(4, dtype=torch.float32).cuda()
+    options = {"steps": 60, "patience": patience, "tolerance": 2e-3}
+    eager = casm_fast.perturb(net, images, 1, **options)
+    replayed = casm_fast.perturb(net, images, 1, **options, cuda_graph=True)
+    error = (eager.masks - replayed.masks).abs()
+    assert (error < 1e-4).float().mean() > 0.99
+    assert error.max() < 2e-2
+    assert torch.equal(eager.steps, replayed.steps)
+
+
 class Viewing(nn.Module):
     """Views its activations, which contiguous ones alone allow."""
 
