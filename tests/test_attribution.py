@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rise": {"masks": 30},
     "guided_inversion": {"steps": 14},
     "meaningful_perturbation": {"steps": 3, "mask_size": (6, 5), "blur_sigma": 2.0},
+    "extremal_perturbation": {"steps": 3, "cell": 4, "sigma": 6.0, "max_blur": 2.0},
     "casm": {"model": a_saliency_model()},
     "real_time": {"model": a_masking_model(), "confidence": 0.0},
 }

@@ -8,6 +8,12 @@ otherwise::
     casm_fast.attribute("meaningful_perturbation", classifier, images, targets)
     casm_fast.attribute("meaningful_perturbation", classifier, images, preset="localization")
     casm_fast.attribute("meaningful_perturbation", vgg, images, targets, game="preservation")
+
+``extremal_perturbation`` (Fong, Patrick & Vedaldi 2019) is
+:func:`casm_fast.perturbation.extremal`: its masks of all areas, summed and smoothed. Its options
+are the fields of :class:`casm_fast.perturbation.ExtremalConfig`; it explains logits::
+
+    casm_fast.attribute("extremal_perturbation", vgg, images, targets, areas=(0.05, 0.1, 0.2))
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from casm_fast.attribution.problem import Method, Problem
-from casm_fast.perturbation import PerturbConfig, perturb
+from casm_fast.perturbation import ExtremalConfig, PerturbConfig, extremal, perturb
 from casm_fast.perturbation.config import Preset
 
 
@@ -57,6 +63,12 @@ def maps(problem: Problem, options: Options) -> Tensor:
     return perturb(problem.classifier, problem.images, targets, config).saliency
 
 
+def extremal_maps(problem: Problem, options: ExtremalConfig) -> Tensor:
+    """See the module; ``[B, 1, H, W]``, not negative."""
+    told = dataclasses.replace(options, batch_size=len(problem.images) * len(options.areas))
+    return extremal(problem.classifier, problem.images, problem.targets.classes, told).saliency
+
+
 METHODS = (
     Method(
         "meaningful_perturbation",
@@ -65,5 +77,12 @@ METHODS = (
         maps,
         Options,
         score="softmax",
+    ),
+    Method(
+        "extremal_perturbation",
+        "Extremal perturbation",
+        "Fong et al. 2019",
+        extremal_maps,
+        ExtremalConfig,
     ),
 )

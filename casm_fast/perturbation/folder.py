@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from casm_fast.data.journal import Journal
 from casm_fast.data.loading import evaluation_batches
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.data.subset import Subset
@@ -28,7 +27,7 @@ from casm_fast.perturbation.result import Perturbation
 
 logger = logging.getLogger(__name__)
 
-ROWS, SETTINGS, IMAGES = "rows.jsonl", "settings.json", "images"
+IMAGES = "images"
 
 ON_CPU, ON_GPU = 8, 64
 """Images between two rows that are safe, where batch_size names no number."""
@@ -112,16 +111,16 @@ def perturb_set(
             f"target: expected 'predicted', 'label' or the number of a class, got {target!r}"
         )
     images = open_source(source, split="val")
-    where, folder = choose_device(device), Path(output)
-    rows = _resumed(folder, _settings(classifier, images, config, target))
-    known = {row["image_id"] for row in rows}
+    where = choose_device(device)
+    journal = Journal(output, _settings(classifier, images, config, target))
+    known = journal.known()
     waiting = [index for index in range(len(images)) if images.image_id(index) not in known]
     count = config.batch_size or (ON_GPU if where.type == "cuda" else ON_CPU)
     home = next(classifier.network.parameters()).device
     classifier.network.to(where)
     try:
         with (
-            (folder / ROWS).open("a", encoding="utf-8") as file,
+            journal,
             tqdm(
                 total=len(images),
                 initial=len(images) - len(waiting),
@@ -134,7 +133,7 @@ def perturb_set(
             for batch in evaluation_batches(
                 todo, size=classifier.size, batch_size=count, policy=classifier.policy
             ):
-                fresh = [
+                fresh: list[dict[str, Any]] = [
                     {"image_id": todo.image_id(index), "error": message}
                     for index, message in batch.errors
                 ]
@@ -143,15 +142,12 @@ def perturb_set(
                     targets = _classes(target, todo, batch.indices, classifier)
                     made = perturb(classifier.network, pixels, targets, config)
                     names = [todo.image_id(index) for index in batch.indices]
-                    fresh += _written(folder, names, made, pixels, classifier, figures)
-                for row in fresh:  # pictures and masks are there by now
-                    file.write(json.dumps(row) + "\n")
-                file.flush()
-                rows += fresh
+                    fresh += _written(journal.folder, names, made, pixels, classifier, figures)
+                journal.add(fresh)  # pictures and masks are there by now
                 bar.update(len(fresh))
     finally:
         classifier.network.to(home)
-    return PerturbedSet(folder, tuple(rows), len(waiting))
+    return PerturbedSet(journal.folder, tuple(journal.rows), len(waiting))
 
 
 def _settings(
@@ -159,7 +155,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What the rows of a folder have in common."""
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SPEED}
-    settings = {
+    return {
         "source": images.name,
         "model": classifier.name,
         "size": classifier.size,
@@ -167,36 +163,6 @@ def _settings(
         "target": target,
         **options,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
-
-
-def _resumed(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are there; a row that an interruption cut is taken away."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
-    if not path.exists():
-        _replace(path, json.dumps(settings, indent=1) + "\n")
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"output: expected a folder of the same settings, got {folder} with {name} "
-                f"{before.get(name)!r} instead of {value!r}; give another folder"
-            )
-    if not (folder / ROWS).exists():
-        return []
-    text = (folder / ROWS).read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        _replace(folder / ROWS, whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _classes(
@@ -207,21 +173,7 @@ def _classes(
     if target == "predicted":
         return None
     labels = [images.label(index) for index in indices]
-    if min(labels) < 0:
-        raise ValueError(
-            f"target: expected labelled images for 'label', got {images.name} without; "
-            "ask for 'predicted' or a class"
-        )
-    # Names tell which logit a label means. Other names for as many classes are in the same order,
-    # such as ImageNet's ids, which torchvision writes out as words.
-    if images.classes and set(images.classes) <= set(classifier.classes):
-        return [classifier.classes.index(images.classes[label]) for label in labels]
-    if classifier.classes and len(images.classes) != len(classifier.classes):
-        raise ValueError(
-            f"target: expected the {len(classifier.classes)} classes of the classifier for "
-            f"'label', got {len(images.classes)} with other names; ask for 'predicted' or a class"
-        )
-    return labels
+    return classifier.numbers(labels, images.classes, images.name)
 
 
 def _written(
@@ -240,7 +192,7 @@ def _written(
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.with_name(path.name + ".npy"), made.masks[place, 0].float().cpu().numpy())
         classes = [one for one in made.targets[place].tolist() if one >= 0]
-        words = [classifier.classes[one] for one in classes] if classifier.classes else []
+        words = classifier.words(classes) if classifier.classes else []
         before, after = float(made.score_before[place]), float(made.score_after[place])
         title = f"{name}: {', '.join(words or map(str, classes))}, {before:.3f} → {after:.3f}"
         picture = path.with_name(path.name + ".png")
