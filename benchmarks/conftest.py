@@ -26,7 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +163,17 @@ def placed(field: Mapping[str, Competitor], device: torch.device) -> Iterator[di
                 place[thread] = min(sorted(everywhere), key=load.__getitem__)
                 load[place[thread]] += 1
     for thread, cpu in place.items():
-        os.sched_setaffinity(thread, {cpu})
+        _bind(thread, {cpu})
     try:
         yield quickest
     finally:
-        for thread in place.keys() & _busy_nanoseconds().keys():
-            os.sched_setaffinity(thread, everywhere)
+        for thread in place:
+            _bind(thread, everywhere)
+
+
+def _bind(thread: int, cpus: set[int]) -> None:
+    with suppress(ProcessLookupError):  # a pool that was made inside a call has ended
+        os.sched_setaffinity(thread, cpus)
 
 
 def _arrays(result: Any) -> list[np.ndarray]:
