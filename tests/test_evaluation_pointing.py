@@ -288,12 +288,15 @@ def test_bad_input_is_one_sentence():
         pointing_game(maps, labels[:1], boxes=boxes)
     with refuses(ValueError, "masks: expected [24, 31], got [3, 3]"):
         pointing_game(maps, labels, masks=[np.ones((3, 3), bool)] * 2)
-    with refuses(ValueError, "maps: expected shape [B, 1, h, w] or [B, h, w], got [24, 31]"):
+    with refuses(
+        ValueError,
+        "pointing_game: expected `maps` of shape [n, 1, h, w] or [n, h, w], got [24, 31]",
+    ):
         pointing_game(maps[0], labels, boxes=boxes)
-    with refuses(TypeError, "maps: expected a tensor or an array, got list"):
+    with refuses(TypeError, "pointing_game: expected `maps` to be a tensor or an array, got list"):
         pointing_game([1], labels, boxes=boxes)
     maps[1, 3, 3] = np.nan
-    with refuses(ValueError, "maps: expected finite values, got NaN or infinity in map 1"):
+    with refuses(ValueError, "pointing_game: expected finite `maps`, got NaN or infinity in map 1"):
         pointing_game(maps, labels, boxes=boxes)
     two = [geometry(9, 9, 8), geometry(9, 9, 16)]
     with refuses(ValueError, "geometries: expected squares of one side, got [8, 16]"):

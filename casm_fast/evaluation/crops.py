@@ -26,8 +26,8 @@ from torch import Tensor
 
 from casm_fast import ops
 from casm_fast.evaluation.asking import ask, passes, targets_of
-from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
@@ -114,7 +114,7 @@ def saliency_metric(
         ValueError: As `crop_metric`; maps whose cells are no whole numbers of pixels; an unknown
             rule.
     """
-    values = as_maps(maps)
+    values = as_maps("saliency_metric", maps)
     h, w = values.shape[1:]
     H, W = (images if isinstance(images, Tensor) else images[0]).shape[-2:]
     if H % h or W % w:

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casm_fast.evaluation.asking import Score, ask, check_score, passes, read, targets_of
-from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
@@ -130,7 +130,7 @@ def perturbation_curves(
     with torch.inference_mode(False), torch.no_grad(), borrowed(classifier) as lent:
         batch = as_images(classifier, images)
         B, _, H, W = batch.shape
-        values = as_maps(maps).to(batch.device)
+        values = as_maps("perturbation_curves", maps).to(batch.device)
         if values.shape != (B, H, W):
             raise ValueError(f"maps: expected {[B, 1, H, W]}, got {list(values.shape)}")
         pixels = _pixels(step, steps, H * W)

@@ -1,4 +1,4 @@
-"""Saliency maps as protocols take them, and where their points lie in the original picture.
+"""Where the points of saliency maps lie in the original picture.
 
 A pixel's place is that of its centre, counted from 0: the first pixel of a row lies at x = 0, and a
 row of w pixels reaches from -0.5 to w - 0.5. Boxes keep the half-open corners of the package.
@@ -10,43 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from casm_fast.data.geometry import Geometry
-
-Maps = Tensor | NDArray[Any]
-"""``[B, 1, h, w]`` or ``[B, h, w]``, real numbers."""
-
-
-def as_maps(maps: Maps) -> Tensor:
-    """Maps ``[B, h, w]`` in float32 or float64, where they are.
-
-    Raises:
-        TypeError: Something else than a tensor or an array.
-        ValueError: Another shape, or a number that is not finite.
-    """
-    if isinstance(maps, np.ndarray):
-        # An array in a file that is open for reading may not be lent to torch: it is read.
-        own = np.require(maps, requirements=["C", "W"])
-        maps = torch.from_numpy(own)
-    if not isinstance(maps, Tensor):
-        raise TypeError(f"maps: expected a tensor or an array, got {type(maps).__name__}")
-    found = maps.detach()
-    if found.dim() == 4 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.dim() != 3 or 0 in found.shape[1:]:
-        raise ValueError(f"maps: expected shape [B, 1, h, w] or [B, h, w], got {list(maps.shape)}")
-    if found.dtype != torch.float64:
-        found = found.float()
-    flat = found.flatten(1)
-    # NaN and infinity show in the extremes, which take no memory of their own.
-    extremes = torch.stack([flat.amin(dim=1), flat.amax(dim=1)])
-    bad = torch.nonzero(~extremes.isfinite().all(dim=0))[:, 0].tolist()
-    if bad:
-        raise ValueError(f"maps: expected finite values, got NaN or infinity in map {bad[0]}")
-    return found
 
 
 def check_count(name: str, given: Sequence[Any] | NDArray[Any], count: int) -> None:

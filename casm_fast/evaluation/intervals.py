@@ -12,13 +12,19 @@ skewness a of the score:
 z is the normal quantile of the share of draws below the score (equal ones count half), and a comes
 from the jackknife. Draws, levels and quantiles are those of `scipy.stats.bootstrap` with a single
 batch and the generator of the same seed.
+
+A score that is made of sums over the images (a mean, the best of many means, a score of pooled
+histograms) needs but how often a draw holds each image: `bootstrap_sums` has the sums of all draws
+by products of matrices, and all scores of the same images share one set of draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
@@ -29,6 +35,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 Method = Literal["bca", "percentile"]
+Figures = Callable[[Floats, int], Floats]
+"""From sums ``[R, c]`` over so many images to scores ``[R, k]``; NaN where one is not defined."""
 Statistic = Literal["mean", "class-mean", "std"] | Callable[[Floats], Floats]
 """What is made of the images' scores: their mean; the mean over the classes of each class's mean;
 their standard deviation (unbiased); or a function from ``[R, n]`` to ``[R]``."""
@@ -36,6 +44,7 @@ their standard deviation (unbiased); or a function from ``[R, n]`` to ``[R]``.""
 RESAMPLES = 2000
 
 _CHUNK = 1 << 22  # numbers that are drawn at once: 32 MiB
+_SAME = 1e-12  # relative difference of scores that is rounding
 _NORMAL = NormalDist()
 
 
@@ -71,6 +80,34 @@ class Interval:
         """
         value, low, high = (f"{scale * x:{form}}" for x in (self.value, self.low, self.high))
         return f"{value} ({low}..{high})"
+
+
+class HasIntervals(ABC):
+    """A result whose scores have bootstrap intervals over the images."""
+
+    @abstractmethod
+    def bootstrap(self, **told: Any) -> dict[str, Interval]:
+        """Every score with its interval, by name; options of `casm_fast.evaluation.bootstrap`."""
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """Every score with its 95 % interval, by name."""
+        return self.bootstrap()
+
+    def interval(self, name: str, **told: Any) -> Interval:
+        """One score with its interval.
+
+        Args:
+            name: The score, one of the keys of `intervals`.
+            **told: Options of `casm_fast.evaluation.bootstrap`: method, level, resamples, seed.
+
+        Raises:
+            ValueError: There is no such score, or a wrong option.
+        """
+        found = self.bootstrap(**told) if told else self.intervals
+        if name not in found:
+            raise ValueError(f"name: expected one of {', '.join(found)}, got {name!r}")
+        return found[name]
 
 
 def bootstrap(
@@ -159,6 +196,87 @@ def paired_bootstrap(
     )
 
 
+def bootstrap_sums(
+    terms: NDArray[Any],
+    figures: Figures,
+    *,
+    method: Method = "bca",
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[Interval, ...]:
+    """Intervals of scores that are made of sums over the images, all from the same draws.
+
+    Args:
+        terms: ``[n, c]`` what each image adds to the sums: bool, integers or floating numbers.
+        figures: The scores of sums. Draws for which a score is not defined (NaN) are passed over.
+        method: As for `bootstrap`.
+        level: As for `bootstrap`.
+        resamples: As for `bootstrap`.
+        seed: As for `bootstrap`.
+
+    Returns:
+        k intervals.
+
+    Raises:
+        ValueError: No image, or a wrong option.
+    """
+    _told(method, level, resamples, seed)
+    n = len(terms)
+    if n == 0:
+        raise ValueError("terms: expected at least one image, got none")
+    # Counts of images are whole in single precision, up to 2 ** 24 of them.
+    dtype = np.float32 if terms.dtype == np.bool_ and n < 1 << 24 else np.float64
+    generator = np.random.default_rng(seed)
+    whole = _sums(np.ones((1, n), dtype), terms)
+    values = figures(whole, n)[0]
+    rows = max(1, _CHUNK // n)
+    drawn = []
+    for start in range(0, resamples, rows):
+        places = generator.integers(0, n, (min(rows, resamples - start), n))
+        times = np.stack([np.bincount(row, minlength=n) for row in places]).astype(dtype)
+        drawn.append(figures(_sums(times, terms), n))
+    scores = np.concatenate(drawn)
+    without = None
+    if method == "bca":
+        rows = max(1, _CHUNK // terms.shape[1])
+        parts = [terms[start : start + rows] for start in range(0, n, rows)]
+        without = np.concatenate([figures(whole - part, n - 1) for part in parts])
+    found = []
+    for k, value in enumerate(map(float, values)):
+        left = None if without is None else _defined(without[:, k])
+        ends = _ends(value, _defined(scores[:, k]), left, level)
+        found.append(Interval(value, *ends, level, method, n))
+    return tuple(found)
+
+
+def bootstrap_means(scores: Mapping[str, ArrayLike], **told: Any) -> dict[str, Interval]:
+    """Intervals of many means; scores of as many images share their draws.
+
+    Args:
+        scores: ``[n]`` by name, one for each image, finite; n may differ.
+        **told: Options of `bootstrap`.
+
+    Returns:
+        By name what `bootstrap` gives, but for rounding.
+
+    Raises:
+        ValueError: As `bootstrap`.
+    """
+    columns = {name: _scores(name, values) for name, values in scores.items()}
+    found: dict[str, Interval] = {}
+    for n in sorted({len(column) for column in columns.values()}):
+        alike = [name for name, column in columns.items() if len(column) == n]
+        table = np.stack([columns[name] for name in alike], axis=1)
+        found |= zip(alike, bootstrap_sums(table, means, **told), strict=True)
+    return {name: found[name] for name in columns}
+
+
+def means(sums: Floats, images: int) -> Floats:
+    """The `Figures` of plain means."""
+    return sums / max(images, 1)
+
+
 # --- intervals ------------------------------------------------------------------------------------
 
 
@@ -181,17 +299,45 @@ def _interval(
             for start in range(0, resamples, rows)
         ]
     )
-    levels = ((1 - level) / 2, (1 + level) / 2)
-    if drawn.min() == drawn.max():
-        low = high = float(drawn[0])
-    else:
-        if method == "bca":
-            below = (np.count_nonzero(drawn < value) + np.count_nonzero(drawn <= value)) / 2
-            share = min(max(below, 0.5), resamples - 0.5) / resamples
-            bias, skewness = _NORMAL.inv_cdf(share), _acceleration(left_out())
-            levels = tuple(_corrected(each, bias, skewness) for each in levels)  # type: ignore[assignment]
-        low, high = map(float, np.quantile(drawn, levels))
-    return Interval(value, low, high, level, method, n)
+    return Interval(
+        value,
+        *_ends(value, drawn, left_out() if method == "bca" else None, level),
+        level,
+        method,
+        n,
+    )
+
+
+def _ends(
+    value: float, drawn: Floats, without: Floats | None, level: float
+) -> tuple[float, float]:
+    """The ends of an interval from the scores of the draws, and those without each image for BCa."""
+    if math.isclose(drawn.min(), drawn.max(), rel_tol=_SAME):
+        return float(drawn[0]), float(drawn[0])
+    levels = [(1 - level) / 2, (1 + level) / 2]
+    if without is not None:
+        below = (np.count_nonzero(drawn < value) + np.count_nonzero(drawn <= value)) / 2
+        share = min(max(below, 0.5), len(drawn) - 0.5) / len(drawn)
+        bias, skewness = _NORMAL.inv_cdf(share), _acceleration(without)
+        levels = [_corrected(each, bias, skewness) for each in levels]
+    low, high = map(float, np.quantile(drawn, levels))
+    return low, high
+
+
+def _defined(scores: Floats) -> Floats:
+    return scores[~np.isnan(scores)]
+
+
+def _sums(times: NDArray[Any], terms: NDArray[Any]) -> Floats:
+    """Sums over the images of draws ``[R, n]``, how often each holds an image: ``[R, c]``."""
+    step = max(1, _CHUNK // terms.shape[1])
+    return np.asarray(
+        sum(
+            times[:, start : start + step] @ terms[start : start + step].astype(times.dtype)
+            for start in range(0, len(terms), step)
+        ),
+        np.float64,
+    )
 
 
 def _acceleration(without: Floats) -> float:

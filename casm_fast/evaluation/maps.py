@@ -1,8 +1,9 @@
 """Saliency maps as every protocol takes them: tensors, arrays, and the files of other programs.
 
-A protocol takes ``[n, 1, h, w]`` or ``[n, h, w]``, as a tensor on any device or as an array, and
-reads them a few at a time: an array that lies in a file (`read_maps` returns one for .npy) is never
-in memory as a whole.
+A protocol takes ``[n, 1, h, w]`` or ``[n, h, w]``, as a tensor on any device or as an array. Those
+that stream over a data set read them a few at a time (`parts`): an array that lies in a file
+(`read_maps` returns one for .npy) is never in memory as a whole. Those that are told one batch at a
+time take it as it is (`as_maps`).
 """
 
 from __future__ import annotations
@@ -37,19 +38,38 @@ def check_maps(protocol: str, maps: Maps) -> tuple[int, int, int]:
         TypeError: Neither a tensor nor an array of floating or 8-bit numbers.
         ValueError: Another shape, or maps without pixels.
     """
-    if not isinstance(maps, (Tensor, np.ndarray)):
-        raise TypeError(
-            f"{protocol}: expected `maps` to be a tensor or an array, got {type(maps).__name__}"
-        )
+    shape = _shape(protocol, maps)
     name = str(maps.dtype).removeprefix("torch.")
     if not (name.startswith(("float", "bfloat")) or name == "uint8"):
         raise TypeError(f"{protocol}: expected `maps` in a floating dtype or uint8, got {name}")
-    shape = tuple(maps.shape)
-    if not (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)) or 0 in shape[1:]:
-        raise ValueError(
-            f"{protocol}: expected `maps` of shape [n, 1, h, w] or [n, h, w], got {list(shape)}"
-        )
-    return shape[0], shape[-2], shape[-1]
+    return shape
+
+
+def as_maps(protocol: str, maps: Maps) -> Tensor:
+    """A batch of maps, where they are.
+
+    Args:
+        protocol: First word of the message.
+        maps: What the user passed, in any dtype.
+
+    Returns:
+        ``[n, h, w]`` in float32 or float64, detached.
+
+    Raises:
+        TypeError: Neither a tensor nor an array.
+        ValueError: Another shape, or a number that is not finite.
+    """
+    n, height, width = _shape(protocol, maps)
+    found = _tensor(maps).reshape(n, height, width)
+    if found.dtype != torch.float64:
+        found = found.float()
+    flat = found.flatten(1)
+    # NaN and infinity show in the extremes, which take no memory of their own.
+    extremes = torch.stack([flat.amin(dim=1), flat.amax(dim=1)])
+    bad = torch.nonzero(~extremes.isfinite().all(dim=0))[:, 0].tolist()
+    if bad:
+        raise ValueError(f"{protocol}: expected finite `maps`, got NaN or infinity in map {bad[0]}")
+    return found
 
 
 def parts(maps: Maps, pixels: int | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -66,9 +86,7 @@ def parts(maps: Maps, pixels: int | None = None) -> Iterator[tuple[slice, Tensor
     step = max(1, (pixels or _PIXELS) // (height * width))
     for start in range(0, n, step):
         here = slice(start, min(start + step, n))
-        part = maps[here]
-        tensor = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-        yield here, tensor.detach().reshape(-1, 1, height, width).contiguous()
+        yield here, _tensor(maps[here]).reshape(-1, 1, height, width).contiguous()
 
 
 def normalised(maps: Tensor) -> Tensor:
@@ -149,6 +167,27 @@ def read_maps(path: str | Path, image_ids: Sequence[str] | None = None) -> Maps:
             )
         return _stacked([content[name] for name in ids], ids, path)
     return content
+
+
+def _shape(protocol: str, maps: Maps) -> tuple[int, int, int]:
+    if not isinstance(maps, (Tensor, np.ndarray)):
+        raise TypeError(
+            f"{protocol}: expected `maps` to be a tensor or an array, got {type(maps).__name__}"
+        )
+    shape = tuple(maps.shape)
+    if not (len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)) or 0 in shape[1:]:
+        raise ValueError(
+            f"{protocol}: expected `maps` of shape [n, 1, h, w] or [n, h, w], got {list(shape)}"
+        )
+    return shape[0], shape[-2], shape[-1]
+
+
+def _tensor(maps: Maps) -> Tensor:
+    """Maps as a tensor without a graph; an array is shared where it may be."""
+    if isinstance(maps, Tensor):
+        return maps.detach()
+    # An array in a file that is open for reading may not be lent to torch: it is read.
+    return torch.from_numpy(np.require(maps, requirements=["C", "W"]))
 
 
 def _needed(image_ids: Sequence[str] | None, path: Path) -> Sequence[str]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from casm_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from casm_fast.evaluation.asking import ask, passes
-from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE_LAST, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
@@ -179,7 +179,7 @@ def marked(maps: Maps, size: tuple[int, int], alpha: float = 1.0) -> Tensor:
     Raises:
         ValueError: Sides that are no multiples.
     """
-    values = as_maps(maps).double()
+    values = as_maps("many_classifiers", maps).double()
     (H, W), (h, w) = size, values.shape[1:]
     if H % h or W % w:
         raise ValueError(f"maps: expected sides that divide {H} x {W}, got {h} x {w}")

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from casm_fast.evaluation.frames import Maps, as_maps
 from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
 from casm_fast.models.cells import Cells
 from casm_fast.models.statistics import measure
@@ -97,7 +97,7 @@ def mask_statistics(maps: Maps, size: tuple[int, int] | None = None) -> MaskStat
         TypeError: Maps are neither tensor nor array.
         ValueError: Maps are not in [0, 1].
     """
-    values = as_maps(maps)
+    values = as_maps("mask_statistics", maps)
     h, w = values.shape[1:]
     H, W = size or (h, w)
     if len(values) and (values.amin() < 0 or values.amax() > 1):

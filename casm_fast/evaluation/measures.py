@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from casm_fast.evaluation.frames import Maps, as_maps
+from casm_fast.evaluation.maps import Maps, as_maps
 
 MEASURES = ("spearman", "spearman_abs", "ssim", "hog")
 """Every measure by name."""
@@ -56,7 +56,7 @@ def similarity(
     for name in measures:
         if name not in MEASURES:
             raise ValueError(f"measures: expected names out of {', '.join(MEASURES)}, got {name!r}")
-    a, b = as_maps(first).double(), as_maps(second).double()
+    a, b = as_maps("similarity", first).double(), as_maps("similarity", second).double()
     if a.shape != b.shape:
         raise ValueError(
             f"maps: expected two batches of one shape, got {list(a.shape)} and {list(b.shape)}"

@@ -38,7 +38,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch.nn import functional as F
 
 from casm_fast.data.geometry import Geometry
-from casm_fast.evaluation.frames import Maps, as_maps, check_count, side_of, to_network
+from casm_fast.evaluation.frames import check_count, side_of, to_network
+from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ def part_intensities(
         raise ValueError(f"salient: expected high or low, got {salient!r}")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window: expected an odd number of cells, got {window}")
-    values = as_maps(maps).double()
+    values = as_maps("part_intensities", maps).double()
     count, h, w = values.shape
     check_count("image_ids", image_ids, count)
     if geometries is not None:

@@ -35,14 +35,13 @@ from torch import Tensor
 from casm_fast.data import localization
 from casm_fast.data.geometry import Geometry
 from casm_fast.evaluation.frames import (
-    Maps,
-    as_maps,
     check_count,
     scale_points,
     side_of,
     to_original,
 )
 from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 from casm_fast.models.memory import slices
 
@@ -279,7 +278,7 @@ def maxima(
     Returns:
         The centres of the cells.
     """
-    values = as_maps(maps)
+    values = as_maps("pointing_game", maps)
     count, h, w = values.shape
     size = (h, w)
     if geometries is not None and len(geometries):
