@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from casm_fast.data import localization, predictions
 from casm_fast.data.predictions import Convention, Description
@@ -270,7 +271,9 @@ def test_scores_against_a_scalar_loop_in_any_order(cases: Any, order: Any) -> No
         assert scores.localisation is not None
         assert scores.localisation.le == pytest.approx(errors / total, abs=1e-15)
     order.shuffle(rows)
-    assert evaluate(table(rows)) == scores
+    shuffled = evaluate(table(rows))
+    assert shuffled == scores
+    assert shuffled.bootstrap(resamples=20) == scores.bootstrap(resamples=20)
 
 
 def test_the_centred_box_is_the_one_of_the_paper_at_224() -> None:
@@ -344,6 +347,72 @@ def test_a_file_gives_the_same_scores_as_the_table_and_json_on_request(tmp_path:
     assert saved["localisation"]["iou"] == 36 / 42
     assert saved["convention"]["rule"] == "mean"
     assert not math.isnan(saved["saliency"]["mean"])
+    assert saved["intervals"]["iou"] == {
+        "value": 36 / 42,
+        "low": 36 / 42,
+        "high": 36 / 42,
+        "level": 0.95,
+        "method": "bca",
+        "images": 1,
+    }
+    assert "per_image" not in json.dumps(saved)
+
+
+def test_every_score_has_its_interval() -> None:
+    rng = np.random.default_rng(2)
+    corners = rng.integers(0, 8, (40, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(2, 8, (40, 2))], axis=1)
+    rows = [
+        row(
+            f"image {i:02}",
+            boxes[i],
+            [boxes[i] + [2, 0, 2, 0]] if i % 4 else [],
+            predicted=i % 3,
+            label=-1 if i % 5 == 0 else 0,
+            mean_saliency=rng.random(),
+            tv=rng.random(),
+            f1=rng.random() if i % 4 else None,
+            f1_mean=rng.random() if i % 4 else None,
+        )
+        for i in range(40)
+    ]
+    scores = evaluate(table(rows))
+    ours, statistics = scores.localisation, scores.saliency
+    assert ours is not None
+    known = {
+        **{name: getattr(ours, name) for name in ("le", "f1", "f1_mean", "iou", "coverage")},
+        **{name: getattr(scores, name) for name in ("top1", "top5")},
+        **{name: getattr(statistics, name) for name in ("mean", "tv", "tv_mean", "std")},
+        "entropy": statistics.entropy,
+        "entropy_full": statistics.entropy_full,
+    }
+    assert set(scores.intervals) == set(known)  # OM is not known: some have no label
+    assert set(ours.intervals) == {"le", "f1", "f1_mean", "iou", "coverage"}
+    for name, value in known.items():
+        found = scores.interval(name)
+        # Rounding: measured at most 1.1e-16.
+        assert found.value == pytest.approx(value, abs=1e-14)
+        assert found.low <= found.value + 1e-14
+        assert found.value <= found.high + 1e-14
+        assert found.images == {"top1": 32, "top5": 32}.get(
+            name, 30 if name in ours.intervals else 40
+        )
+    wrong = [localization.box_iou([b], [b + [2, 0, 2, 0]])[0] <= 0.5 for b in boxes]
+    mine = scores.interval("le", level=0.9, seed=3)
+    expected = stats.bootstrap(
+        (np.array([w for i, w in enumerate(wrong) if i % 4], float),),
+        np.mean,
+        n_resamples=2000,
+        confidence_level=0.9,
+        batch=2000,
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    assert (mine.low, mine.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    for entry in scores.baselines:
+        assert entry.interval("iou").value == pytest.approx(entry.iou, abs=1e-14)
+    text = str(scores)
+    assert "  intervals  95 % bootstrap over the images: LE " in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_files_that_are_no_table_of_boxes_are_refused_in_one_sentence(tmp_path: Any) -> None:

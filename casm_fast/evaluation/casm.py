@@ -21,8 +21,15 @@ from casm_fast.data import localization
 from casm_fast.data.geometry import Policy, geometry
 from casm_fast.data.predictions import Convention
 from casm_fast.evaluation import published
+from casm_fast.evaluation.intervals import HasIntervals, Interval
 from casm_fast.evaluation.maps import Maps, check_maps, parts
-from casm_fast.evaluation.printing import convention_lines, localisation_table, notes
+from casm_fast.evaluation.printing import (
+    TITLES,
+    convention_lines,
+    interval_lines,
+    localisation_table,
+    notes,
+)
 from casm_fast.evaluation.published import Published
 from casm_fast.evaluation.scores import Counts, Localisation, score_baselines, score_boxes
 from casm_fast.evaluation.truth import check_truth
@@ -30,7 +37,7 @@ from casm_fast.models.cells import Cells, inside
 
 
 @dataclass(frozen=True)
-class CasmLocalisation:
+class CasmLocalisation(HasIntervals):
     """What `localise` found. ``str(result)`` is the printed table with the convention below.
 
     Attributes:
@@ -54,10 +61,15 @@ class CasmLocalisation:
     convention: Convention
     published: tuple[Published, ...]
 
+    def bootstrap(self, **told: Any) -> dict[str, Interval]:
+        """LE, OM, F1 and so on with their intervals, by the names in `Localisation`."""
+        return self.localisation.bootstrap(**told)
+
     def __str__(self) -> str:
         table = localisation_table((self.localisation, *self.baselines), self.published)
         lines = [f"Localisation on {self.source}", "", *table, ""]
-        return "\n".join([*lines, *notes(convention_lines(self))])
+        explained = (*interval_lines(self.intervals, TITLES), *convention_lines(self))
+        return "\n".join([*lines, *notes(explained)])
 
 
 def localise(

@@ -84,11 +84,12 @@ def class_localisation(
     Raises:
         ValueError: Shapes that do not agree, or no image.
     """
-    figures = (
-        gt_known(found),
-        top_loc(found, guesses, labels),
-        top_loc(found, guesses, labels, min(5, np.atleast_2d(np.asarray(guesses)).shape[-1])),
+    gt_known(found)
+    right, classes = _agreeing(found, guesses, labels)
+    terms = np.concatenate(
+        [right, *((right & classes[:, :k]).any(1, keepdims=True) for k in (1, 5))], axis=1
     )
+    figures = tuple(map(float, np.count_nonzero(terms, 0) / len(terms)))
     return ClassLocalisation(
         protocol="Localisation and classification",
         heads=("GT-known", "top-1 LOC", "top-5 LOC"),
@@ -101,6 +102,7 @@ def class_localisation(
                 "the box is right; for top-k, the class is among the first k guesses too",
             ),
         ),
+        terms=terms,
         gt_known=figures[0],
         top1=figures[1],
         top5=figures[2],

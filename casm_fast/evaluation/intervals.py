@@ -9,9 +9,9 @@ skewness a of the score:
     \Phi\Big(z + \frac{z + \Phi^{-1}(\beta)}{1 - a (z + \Phi^{-1}(\beta))}\Big),
     \quad \beta \in \{(1 - l) / 2, (1 + l) / 2\}
 
-z is the normal quantile of the share of draws below the score (equal ones count half), and a comes
-from the jackknife. Draws, levels and quantiles are those of `scipy.stats.bootstrap` with a single
-batch and the generator of the same seed.
+z is the normal quantile of the share of draws below the score (equal ones count half; what rounding
+makes of equal ones is equal), and a comes from the jackknife. Draws, levels and quantiles are those
+of `scipy.stats.bootstrap` with a single batch and the generator of the same seed.
 
 A score that is made of sums over the images (a mean, the best of many means, a score of pooled
 histograms) needs but how often a draw holds each image: `bootstrap_sums` has the sums of all draws
@@ -250,11 +250,14 @@ def bootstrap_sums(
     return tuple(found)
 
 
-def bootstrap_means(scores: Mapping[str, ArrayLike], **told: Any) -> dict[str, Interval]:
-    """Intervals of many means; scores of as many images share their draws.
+def bootstrap_means(
+    scores: Mapping[str, ArrayLike], spreads: Mapping[str, ArrayLike] | None = None, **told: Any
+) -> dict[str, Interval]:
+    """Intervals of many means and standard deviations; those of as many images share their draws.
 
     Args:
         scores: ``[n]`` by name, one for each image, finite; n may differ.
+        spreads: The same, for the unbiased standard deviation.
         **told: Options of `bootstrap`.
 
     Returns:
@@ -264,12 +267,23 @@ def bootstrap_means(scores: Mapping[str, ArrayLike], **told: Any) -> dict[str, I
         ValueError: As `bootstrap`.
     """
     columns = {name: _scores(name, values) for name, values in scores.items()}
+    wide = {name: _scores(name, values) for name, values in (spreads or {}).items()}
     found: dict[str, Interval] = {}
-    for n in sorted({len(column) for column in columns.values()}):
-        alike = [name for name, column in columns.items() if len(column) == n]
-        table = np.stack([columns[name] for name in alike], axis=1)
-        found |= zip(alike, bootstrap_sums(table, means, **told), strict=True)
-    return {name: found[name] for name in columns}
+    for n in sorted({len(column) for column in (*columns.values(), *wide.values())}):
+        plain = {name: column for name, column in columns.items() if len(column) == n}
+        off = {name: x - x.mean() for name, x in wide.items() if len(x) == n}
+        table = [*plain.values(), *off.values(), *(x**2 for x in off.values())]
+        count = len(plain)
+
+        def figures(sums: Floats, images: int, count: int = count) -> Floats:
+            first, second = np.split(sums[:, count:], 2, axis=1)
+            squares = np.maximum(second - first**2 / max(images, 1), 0)
+            deviations = np.sqrt(squares / max(images - 1, 1))
+            return np.concatenate([means(sums[:, :count], images), deviations], axis=1)
+
+        made = bootstrap_sums(np.stack(table, axis=1), figures, **told)
+        found |= zip((*plain, *off), made, strict=True)
+    return {name: found[name] for name in (*columns, *wide)}
 
 
 def means(sums: Floats, images: int) -> Floats:
@@ -308,15 +322,16 @@ def _interval(
     )
 
 
-def _ends(
-    value: float, drawn: Floats, without: Floats | None, level: float
-) -> tuple[float, float]:
-    """The ends of an interval from the scores of the draws, and those without each image for BCa."""
+def _ends(value: float, drawn: Floats, without: Floats | None, level: float) -> tuple[float, float]:
+    """The ends of an interval from the scores of draws and, for BCa, those without each image."""
     if math.isclose(drawn.min(), drawn.max(), rel_tol=_SAME):
         return float(drawn[0]), float(drawn[0])
     levels = [(1 - level) / 2, (1 + level) / 2]
     if without is not None:
-        below = (np.count_nonzero(drawn < value) + np.count_nonzero(drawn <= value)) / 2
+        # The same images in another order give the same score but for rounding.
+        off = drawn - value
+        off[np.abs(off) <= _SAME * abs(value)] = 0
+        below = (np.count_nonzero(off < 0) + np.count_nonzero(off <= 0)) / 2
         share = min(max(below, 0.5), len(drawn) - 0.5) / len(drawn)
         bias, skewness = _NORMAL.inv_cdf(share), _acceleration(without)
         levels = [_corrected(each, bias, skewness) for each in levels]

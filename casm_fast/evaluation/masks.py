@@ -10,18 +10,16 @@ of 1 - m. The formulas are those of `casm_fast.models.statistics`, which extract
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from casm_fast.evaluation.intervals import Interval, bootstrap
+from casm_fast.evaluation.intervals import HasIntervals, Interval, bootstrap_means
 from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
 from casm_fast.models.cells import Cells
 from casm_fast.models.statistics import measure
-
-Name = Literal["mean", "std", "tv", "tv_mean", "entropy", "entropy_full"]
 
 _FORMS: dict[str, tuple[str, str]] = {
     "mean": ("mean saliency", ".3f"),
@@ -34,7 +32,7 @@ _FORMS: dict[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class MaskStatistics:
+class MaskStatistics(HasIntervals):
     """Statistics of B maps. ``str(statistics)`` is the printed table.
 
     Attributes:
@@ -62,24 +60,16 @@ class MaskStatistics:
         H, W = self.size
         return self.tv / max((H * (W - 1) + W * (H - 1)) / 2, 1)
 
-    def interval(self, name: Name, **told: Any) -> Interval:
-        """A statistic over the images with its bootstrap interval; options of `bootstrap`.
-
-        Args:
-            name: "std" is that of the volume over the images, all others are means.
-            **told: Options.
-        """
-        if name not in get_args(Name):
-            raise ValueError(f"name: expected one of {', '.join(get_args(Name))}, got {name!r}")
-        if name == "std":
-            return bootstrap(self.mean, "std", **told)
-        return bootstrap(getattr(self, name), **told)
+    def bootstrap(self, **told: Any) -> dict[str, Interval]:
+        """Every statistic with its interval; "std" is that of the volume over the images."""
+        each = {name: getattr(self, name) for name in _FORMS if name != "std"}
+        found = bootstrap_means(each, {"std": self.mean}, **told)
+        return {name: found[name] for name in _FORMS}
 
     def __str__(self) -> str:
         lines = [f"Statistics of {len(self.mean):,} saliency maps", ""]
-        for name in get_args(Name):
-            title, form = _FORMS[name]
-            lines.append(f"  {title:<26}  {self.interval(name).show(form)}")
+        for name, (title, form) in _FORMS.items():
+            lines.append(f"  {title:<26}  {self.intervals[name].show(form)}")
         return "\n".join([*lines, "", paragraph(self.convention)])
 
 

@@ -15,11 +15,17 @@ for the whole set (V2: one for each delta), so it asks for the right one by look
 
 A map has at most 256 levels, all of which are scored in one sweep, where the public code searches
 contours once for each of 1,000 thresholds.
+
+Intervals take the best threshold of every draw anew. Thresholds that hardly ever could be it are
+not looked at: in n images, one that finds d images less than the best of the whole set is the
+better one in a draw with a chance of at most ``exp(-d**2 / (2 n))`` (Hoeffding 1963), and where
+that is below 1e-20 it is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +37,7 @@ from torch import Tensor
 from casm_fast import ops
 from casm_fast.data import localization
 from casm_fast.evaluation import published
+from casm_fast.evaluation.intervals import Floats
 from casm_fast.evaluation.maps import Maps, check_maps, parts, scores
 from casm_fast.evaluation.result import Result
 from casm_fast.evaluation.truth import best_of, check_truth
@@ -45,6 +52,7 @@ THRESHOLDS = np.arange(0, 1, 0.001)
 """The thresholds of the public code's main program."""
 
 
+_NEVER = 46  # exp(-46) is 1e-20
 _IMAGES = 256  # whose overlaps are looked up at once: 2 MB for 1,000 thresholds
 
 
@@ -60,6 +68,7 @@ class MaxBoxAcc(Result):
         best: The threshold with the highest share, for each delta; the first among equals.
         overlap: ``[n]`` IoU at the threshold that is best for delta = 0.5.
         found: ``[n]`` whether it is at least 0.5: the object of a known class (GT-known) is found.
+        rivals: Thresholds that may be the best in a draw, for each delta: the columns of `terms`.
     """
 
     score: float
@@ -69,6 +78,15 @@ class MaxBoxAcc(Result):
     best: tuple[float, ...]
     overlap: NDArray[np.float64]
     found: NDArray[np.bool_]
+    rivals: tuple[int, ...]
+
+    def sums_to_figures(self, sums: Floats, images: int) -> Floats:
+        """The best share for each delta, and their mean first where there are several."""
+        deltas = np.split(sums, np.cumsum(self.rivals)[:-1], axis=1)
+        best = np.stack([each.max(axis=1) for each in deltas], axis=1) / max(images, 1)
+        if len(self.rivals) == 1:
+            return best
+        return np.concatenate([best.mean(axis=1, keepdims=True), best], axis=1)
 
 
 def max_box_acc(
@@ -119,15 +137,21 @@ def max_box_acc(
         overlap[here] = (_best_of_largest if version == 1 else _best_of_all)(levels, boxes[here])
     deltas = DELTAS[version]
     correct = np.zeros((len(deltas), len(shares)), np.int64)
-    for start in range(0, n, _IMAGES):
-        some = slice(start, start + _IMAGES)
-        at_threshold = np.take_along_axis(overlap[some], _levels(shares, highest[some]), 1)
-        correct += [np.count_nonzero(at_threshold >= delta, 0) for delta in deltas]
+    other = np.ones(correct.shape, bool)  # than the threshold before
+    other[:, 1:] = False
+    for hits, _ in _hits(overlap, highest, [shares] * len(deltas), deltas):
+        correct += np.stack([np.count_nonzero(each, 0) for each in hits])
+        other[:, 1:] |= np.stack([(each[:, 1:] != each[:, :-1]).any(0) for each in hits])
     curve = correct / n
     best = curve.argmax(1)
     score = float(np.average(curve.max(1)))
     middle = shares[best[deltas.index(0.5)], None]
     chosen = np.take_along_axis(overlap, _levels(middle, highest), 1)[:, 0]
+    near = correct > correct.max(1, keepdims=True) - math.sqrt(2 * _NEVER * n)
+    rivals = [shares[each] for each in near & other]
+    terms = np.empty((n, sum(map(len, rivals))), bool)
+    for hits, some in _hits(overlap, highest, rivals, deltas):
+        np.concatenate(hits, axis=1, out=terms[some])
     figures = (score, *(float(high) for high in curve.max(1))) if version == 2 else (score,)
     heads = (f"MaxBoxAcc V{version}", *(f"IoU >= {d:g}" for d in deltas if version == 2))
     return MaxBoxAcc(
@@ -142,6 +166,8 @@ def max_box_acc(
         best=tuple(float(value) for value in shares[best]),
         overlap=chosen,
         found=chosen >= 0.5,
+        rivals=tuple(map(len, rivals)),
+        terms=terms,
         published=published.choe(
             source, n, (height, width), f"MaxBoxAcc V{version}", thresholds is None
         ),
@@ -169,6 +195,24 @@ def eight_bits(maps: Tensor, normalise: bool = False) -> Tensor:
 def _levels(shares: NDArray[np.float64], highest: NDArray[np.int64]) -> NDArray[np.int64]:
     """``[n, T]`` the level of each threshold: ``trunc(t * max)``."""
     return (shares * highest[:, None]).astype(np.int64)
+
+
+def _hits(
+    overlap: NDArray[np.float64],
+    highest: NDArray[np.int64],
+    shares: Sequence[NDArray[np.float64]],
+    deltas: Sequence[float],
+) -> Iterator[tuple[list[NDArray[np.bool_]], slice]]:
+    """Which images each threshold finds, ``[b, T]`` for each delta, a few images at a time."""
+    for start in range(0, len(overlap), _IMAGES):
+        some = slice(start, start + _IMAGES)
+        yield (
+            [
+                np.take_along_axis(overlap[some], _levels(each, highest[some]), 1) >= delta
+                for each, delta in zip(shares, deltas, strict=True)
+            ],
+            some,
+        )
 
 
 def _map_boxes(

@@ -7,6 +7,10 @@ neither. With precision and recall at the lower edge of each bin, from the highe
 
 .. math::
     \mathrm{PxAP} = \sum_l P(\tau_l) \, (R(\tau_l) - R(\tau_{l-1}))
+
+For the intervals every image's own histograms are kept, in 16 bits where a map has fewer than
+65,536 pixels: 4 kB an image with these edges. A draw without object pixels has no PxAP and is
+passed over.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from casm_fast.evaluation import published
+from casm_fast.evaluation.intervals import Floats
 from casm_fast.evaluation.maps import Maps, check_maps, parts, scores
 from casm_fast.evaluation.result import Result
 
@@ -49,6 +54,12 @@ class PixelAP(Result):
     thresholds: NDArray[np.float64]
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
+
+    def sums_to_figures(self, sums: Floats, images: int) -> Floats:
+        """PxAP ``[R, 1]`` of summed histograms, NaN without object pixels."""
+        precision, recall = _curve(sums)
+        gained = np.nansum(precision[:, 1:] * np.diff(recall, axis=1), axis=1)
+        return np.where(np.isnan(recall[:, -1]), np.nan, gained)[:, None]
 
 
 def pixel_ap(
@@ -85,20 +96,23 @@ def pixel_ap(
     if len(masks) != n:
         raise ValueError(f"pixel_ap: expected `masks` for {n} maps, got {len(masks)}")
     bins = len(shares) + 2  # and [1, 2) and [2, 3)
-    counts = np.zeros((3, bins + 1), np.int64)  # background, object, ignored; below the first edge
+    narrow = np.uint16 if height * width < 1 << 16 else np.int64
+    terms = np.empty((n, 2 * bins), narrow)
     for here, part in parts(maps, _AT_ONCE):
         kinds = _kinds(masks[here], here.start, (height, width))
         values = scores("pixel_ap", part, normalise).cpu().flatten()
-        place = _bins(values, shares).add_(kinds, alpha=bins + 1)
-        counts += torch.bincount(place, minlength=counts.size).numpy().reshape(counts.shape)
-    false, true = counts[:2, :0:-1].cumsum(1)
-    if true[-1] == 0:
+        image = torch.arange(len(part)).repeat_interleave(height * width)
+        # Background, object, ignored; each with the pixels below the first edge first.
+        place = _bins(values, shares) + (3 * image + kinds) * (bins + 1)
+        counts = torch.bincount(place, minlength=3 * len(part) * (bins + 1))
+        kept = counts.numpy().reshape(len(part), 3, bins + 1)[:, :2, :0:-1]
+        terms[here] = kept.reshape(len(part), 2 * bins)
+    sums = terms.sum(0, dtype=np.int64)
+    precision, recall = (each[0] for each in _curve(sums[None]))
+    if np.isnan(recall[-1]):
         raise ValueError("pixel_ap: expected some object pixels in `masks`, got none")
-    recall = true / true[-1]
-    together = true + false
-    precision = np.divide(true, together, out=np.full(bins, np.nan), where=together > 0)
     steps = precision[1:] * np.diff(recall)
-    score = float(steps[together[1:] > 0].sum())
+    score = float(steps[~np.isnan(steps)].sum())
     return PixelAP(
         protocol="PxAP" + (f" on {source}" if source else ""),
         heads=("PxAP",),
@@ -106,7 +120,7 @@ def pixel_ap(
         convention=(
             ("images", f"{n:,} counted, none left out"),
             ("geometry", f"squashed to {width} x {height}"),
-            ("pixels", f"{together[-1]:,} of all images pooled, ignored regions left out"),
+            ("pixels", f"{sums.sum():,} of all images pooled, ignored regions left out"),
             (
                 "threshold",
                 ("each map stretched from 0 to 1, then " if normalise else "")
@@ -119,6 +133,7 @@ def pixel_ap(
         thresholds=np.append(shares, [1.0, 2.0])[::-1],
         precision=precision,
         recall=recall,
+        terms=terms,
         published=published.choe(source, n, (height, width), "PxAP", thresholds is None),
     )
 
@@ -156,6 +171,21 @@ def object_mask(
             )
         result[_squashed(ignored, size) & ~joined] = IGNORED
     return result
+
+
+def _curve(sums: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Precision and recall of summed histograms ``[R, 2 * bins]``, the highest bin first.
+
+    Returns:
+        ``[R, bins]`` both; NaN where there are no pixels, or no object pixels.
+    """
+    false, true = np.moveaxis(sums.reshape(len(sums), 2, -1).cumsum(2), 1, 0)
+    both, objects = true + false, np.broadcast_to(true[:, -1:], true.shape)
+    precision, recall = (
+        np.divide(true, all_of, out=np.full(true.shape, np.nan), where=all_of > 0)
+        for all_of in (both, objects)
+    )
+    return precision, recall
 
 
 def _squashed(mask: NDArray[np.bool_], size: int | None) -> NDArray[np.bool_]:

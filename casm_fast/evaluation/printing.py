@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from casm_fast.data.predictions import Convention
+    from casm_fast.evaluation.intervals import Interval
     from casm_fast.evaluation.published import Published
     from casm_fast.evaluation.scores import Counts, Localisation, Scores
+
+TITLES = {
+    "le": ("LE", ""),
+    "om": ("OM", ""),
+    "f1": ("F1", ""),
+    "f1_mean": ("F1a", ""),
+    "iou": ("mean IoU", ".3f"),
+    "coverage": ("box area", ""),
+    "top1": ("top-1", ""),
+    "top5": ("top-5", ""),
+    "mean": ("mean saliency", ".3f"),
+    "tv": ("TV", ".4g"),
+    "tv_mean": ("TV mean form", ".4f"),
+    "entropy": ("entropy", ".3f"),
+    "entropy_full": ("entropy full", ".3f"),
+    "std": ("std of the volume", ".3f"),
+}
+"""Names and formats of CASM's scores; percentages where the format is empty."""
+
+_TIED = "\u00a0"  # a space at which no line is broken
 
 
 class Described(Protocol):
@@ -68,6 +90,7 @@ def render(scores: Scores) -> str:
     statistics = scores.saliency
     spread = "-" if statistics.std is None else f"{statistics.std:.2f}"
     explained = [
+        *interval_lines(scores.intervals, TITLES),
         ("classes", f"top-1 {percent(scores.top1)}, top-5 {percent(scores.top5)}"),
         (
             "saliency",
@@ -103,6 +126,28 @@ def _row(entry: Localisation) -> tuple[str, ...]:
         f"{entry.iou:.2f}",
         percent(entry.coverage),
     )
+
+
+def interval_lines(
+    intervals: Mapping[str, Interval], titles: Mapping[str, tuple[str, str]] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """The bootstrap intervals that stand below every table, as pairs like the convention's.
+
+    Args:
+        intervals: By name, all of one level.
+        titles: What a name is called, and its format; None: percentages by name.
+    """
+    shown = []
+    for name, found in intervals.items():
+        title, form = (titles or {}).get(name, (name.split(" (")[0], ""))
+        ends = f"{found.low:{form}}..{found.high:{form}}"
+        if not form:
+            ends = f"{100 * found.low:.1f}..{100 * found.high:.1f} %"
+        shown.append(f"{title} {ends}".replace(" ", _TIED))
+    level = next(iter(intervals.values())).level
+    text = f"{100 * level:g}{_TIED}% bootstrap over the images: {', '.join(shown)}"
+    lines = [line.replace(_TIED, " ") for line in textwrap.wrap(text, 100)]
+    return tuple(zip(("intervals", *[""] * len(lines)), lines, strict=False))
 
 
 def notes(pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from casm_fast.evaluation.printing import columns, notes, percent
+from numpy.typing import NDArray
+
+from casm_fast.evaluation.intervals import Floats, HasIntervals, Interval, bootstrap_sums, means
+from casm_fast.evaluation.printing import columns, interval_lines, notes, percent
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(HasIntervals):
     """What a protocol found. ``str(result)`` is the printed table with the convention below.
 
     Attributes:
@@ -19,6 +22,7 @@ class Result:
         convention: The convention as pairs of a short name and a sentence.
         published: Names and first figures of published results by the same convention on the same
             images; mostly empty.
+        terms: ``[n, c]``, what each counted image adds to the sums that the figures are made of.
     """
 
     protocol: str
@@ -26,6 +30,16 @@ class Result:
     figures: tuple[float, ...]
     convention: tuple[tuple[str, str], ...]
     published: tuple[tuple[str, float], ...] = field(kw_only=True, default=())
+    terms: NDArray[Any] = field(kw_only=True, repr=False, compare=False)
+
+    def sums_to_figures(self, sums: Floats, images: int) -> Floats:
+        """The figures ``[R, k]`` of the sums ``[R, c]`` of the terms over so many images."""
+        return means(sums, images)
+
+    def bootstrap(self, **told: Any) -> dict[str, Interval]:
+        """Every figure with its interval, by head; options of `casm_fast.evaluation.bootstrap`."""
+        found = bootstrap_sums(self.terms, self.sums_to_figures, **told)
+        return dict(zip(self.heads, found, strict=True))
 
     def __str__(self) -> str:
         blanks = ("-",) * (len(self.heads) - 1)
@@ -34,13 +48,15 @@ class Result:
             *((name, percent(figure), *blanks) for name, figure in self.published),
         ]
         table = columns(("", *self.heads), rows)
-        return "\n".join([self.protocol, "", *table, "", *notes(self.convention)])
+        explained = (*interval_lines(self.intervals), *self.convention)
+        return "\n".join([self.protocol, "", *table, "", *notes(explained)])
 
     def to_dict(self) -> dict[str, Any]:
         """What is printed, as plain dictionaries and numbers, for JSON."""
         return {
             "protocol": self.protocol,
             "figures": dict(zip(self.heads, self.figures, strict=True)),
+            "intervals": {head: asdict(found) for head, found in self.intervals.items()},
             "convention": dict(self.convention),
             "published": dict(self.published),
         }

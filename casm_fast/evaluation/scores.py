@@ -9,8 +9,8 @@ import dataclasses
 import json as json_module
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from casm_fast.data import localization, predictions
 from casm_fast.data.predictions import Convention, Description
 from casm_fast.evaluation import baselines, published
+from casm_fast.evaluation.intervals import HasIntervals, Interval, bootstrap_means
 from casm_fast.evaluation.printing import convention_lines, render
 from casm_fast.evaluation.published import Published
 
@@ -35,8 +36,12 @@ class HasTable(Protocol):
         """The rows, with their description in the metadata."""
 
 
+PerImage = Mapping[str, NDArray[np.float64]]
+"""What every image gave, by the name of the score whose mean it enters."""
+
+
 @dataclass(frozen=True)
-class Localisation:
+class Localisation(HasIntervals):
     """How well one box per image finds the object; shares in [0, 1].
 
     Attributes:
@@ -49,6 +54,7 @@ class Localisation:
         f1_mean: The same, mean over the true boxes.
         iou: Mean over the images of the best IoU.
         coverage: Mean share of the network's square that the box covers.
+        per_image: ``[n]`` by the names above.
     """
 
     name: str
@@ -58,6 +64,11 @@ class Localisation:
     f1_mean: float
     iou: float
     coverage: float
+    per_image: PerImage = field(repr=False, compare=False)
+
+    def bootstrap(self, **told: Any) -> dict[str, Interval]:
+        """Every score with its interval, by the names above."""
+        return bootstrap_means(self.per_image, **told)
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(HasIntervals):
     """What :func:`evaluate` found. ``str(scores)`` is the printed table.
 
     Attributes:
@@ -116,6 +127,7 @@ class Scores:
         counts: Which images were counted.
         convention: Geometry and box rule.
         published: Published results by the same convention on the same images; mostly empty.
+        per_image: Besides those of the localisation: ``[n]`` by the names of the scores.
     """
 
     source: str
@@ -127,13 +139,29 @@ class Scores:
     counts: Counts
     convention: Convention
     published: tuple[Published, ...]
+    per_image: PerImage = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return render(self)
 
+    def bootstrap(self, **told: Any) -> dict[str, Interval]:
+        """Every score with its interval, by the names of the fields.
+
+        Those of `localisation` (le, om, f1, f1_mean, iou, coverage), top1, top5, and those of
+        `saliency` (mean, tv, tv_mean, entropy, entropy_full, std), as far as they are known. The
+        order of the rows changes none.
+        """
+        found = {} if self.localisation is None else dict(self.localisation.per_image)
+        spread = {} if self.saliency.std is None else {"std": self.per_image["mean"]}
+        return bootstrap_means({**found, **self.per_image}, spread, **told)
+
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain dictionaries, lists and numbers, the convention in words included."""
-        return {**dataclasses.asdict(self), "explained": convention_lines(self)}
+        return {
+            **dataclasses.asdict(self, dict_factory=_without_images),
+            "explained": convention_lines(self),
+            "intervals": {name: dataclasses.asdict(each) for name, each in self.intervals.items()},
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write the scores as JSON, whole or not at all.
@@ -186,7 +214,7 @@ def score(table: pa.Table, description: Description) -> Scores:
     import pyarrow.compute as pc
 
     size = description.convention.size
-    readable = table.filter(pc.is_null(table["error"]))
+    readable = table.filter(pc.is_null(table["error"])).sort_by("image_id")
     if len(readable) == 0:
         raise ValueError(
             "nothing to score: expected at least one readable image, "
@@ -219,13 +247,16 @@ def score(table: pa.Table, description: Description) -> Scores:
             right_where_known,
             f1=(_floats(readable, "f1")[localized], _floats(readable, "f1_mean")[localized]),
         )
+    right, among5 = right[labelled], among5[labelled]
+    saliency, measured = _saliency(readable, size)
+    known = {"top1": right.astype(float), "top5": among5.astype(float)} if labelled.any() else {}
     return Scores(
         source=description.source,
         localisation=model,
         baselines=score_baselines(ids, truth, size, right_where_known) if truth else (),
-        top1=_mean(right[labelled]) if labelled.any() else None,
-        top5=_mean(among5[labelled]) if labelled.any() else None,
-        saliency=_saliency(readable, size),
+        top1=_mean(right) if labelled.any() else None,
+        top5=_mean(among5) if labelled.any() else None,
+        saliency=saliency,
         counts=Counts(
             images=len(table),
             localized=len(truth),
@@ -234,6 +265,7 @@ def score(table: pa.Table, description: Description) -> Scores:
         ),
         convention=description.convention,
         published=published.comparable(description.source, len(truth), description.convention),
+        per_image={**known, **measured},
     )
 
 
@@ -264,15 +296,17 @@ def score_boxes(
             localization.mean(of_box, owners, len(boxes)),
         )
     found = best_iou > localization.THRESHOLD
-    return Localisation(
-        name=name,
-        le=1 - _mean(found),
-        om=None if right is None else 1 - _mean(found & right),
-        f1=_mean(f1[0]),
-        f1_mean=_mean(f1[1]),
-        iou=_mean(best_iou),
-        coverage=_mean(localization.area(boxes) / size**2),
-    )
+    each: dict[str, NDArray[np.float64]] = {
+        "le": np.asarray(~found, np.float64),
+        **({} if right is None else {"om": np.asarray(~(found & right), np.float64)}),
+        "f1": f1[0],
+        "f1_mean": f1[1],
+        "iou": best_iou,
+        "coverage": np.asarray(localization.area(boxes) / size**2, np.float64),
+    }
+    mean = {key: _mean(values) for key, values in each.items()}
+    om = mean.pop("om", None)
+    return Localisation(name=name, om=om, **mean, per_image=each)
 
 
 def score_baselines(
@@ -290,26 +324,29 @@ def score_baselines(
     return tuple(score_boxes(name, boxes, truth, size, right) for name, boxes in simple.items())
 
 
-def _saliency(table: pa.Table, size: int) -> Saliency:
+def _saliency(table: pa.Table, size: int) -> tuple[Saliency, PerImage]:
     """Statistics of the saliency maps from the columns that extraction measured."""
-    volume = _floats(table, "mean_saliency")
-    center = _mean(volume)
-    spread = math.fsum((volume - center) ** 2)
-    tv = _mean(_floats(table, "tv"))
-    return Saliency(
-        mean=center,
-        std=math.sqrt(spread / (len(volume) - 1)) if len(volume) > 1 else None,
-        tv=tv,
-        tv_mean=tv / max(size * (size - 1), 1),
-        entropy=_mean(_floats(table, "entropy")),
-        entropy_full=_mean(_floats(table, "entropy_full")),
-    )
+    each = {
+        "mean": _floats(table, "mean_saliency"),
+        "tv": _floats(table, "tv"),
+        "tv_mean": _floats(table, "tv") / max(size * (size - 1), 1),
+        "entropy": _floats(table, "entropy"),
+        "entropy_full": _floats(table, "entropy_full"),
+    }
+    found = {name: _mean(values) for name, values in each.items()}
+    spread = math.fsum((each["mean"] - found["mean"]) ** 2)
+    std = math.sqrt(spread / (len(table) - 1)) if len(table) > 1 else None
+    return Saliency(**found, std=std), each
 
 
 def _mean(values: Iterable[Any]) -> float:
     """Mean that does not depend on the order of the values."""
     numbers = [float(value) for value in values]
     return math.fsum(numbers) / len(numbers)
+
+
+def _without_images(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if name != "per_image"}
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:

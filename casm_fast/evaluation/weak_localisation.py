@@ -179,6 +179,7 @@ def weak_localisation(
         found=found,
         counted=counted,
         published=published.weak_localisation(source, n, rule),
+        terms=~found[counted, None],
     )
 
 
