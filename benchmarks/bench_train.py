@@ -10,6 +10,9 @@ from its description, step by step, with what today's PyTorch forces on it:
   work is added.
 * Entries of the pool are cloned: on a CPU ``.cpu()`` alone gives the live weights.
 
+Its networks have our weights and are written down here as the authors have them: ours order the
+sums of the decoder and of the first convolution in another way.
+
 Ours does the same arithmetic with ``classifier_update="alternating"``, the authors' scheme, and is
 held to their weights after two steps before anything is timed. The default scheme, eq. 8 of the
 paper, does more: a masked classifier step in every iteration, where the authors do one in those
@@ -45,6 +48,8 @@ import torch.nn.functional as F
 from conftest import placed
 from torch import Tensor
 
+from casm_fast.models.decoder import Decoder
+from casm_fast.models.encoder import Encoder
 from casm_fast.models.saliency import SaliencyModel, build_model
 from casm_fast.training import passes as passes_module
 from casm_fast.training.config import TrainConfig
@@ -82,6 +87,26 @@ def batch(size: int, images: int, device: torch.device) -> tuple[Tensor, Tensor]
     return pictures.to(device), torch.randint(CLASSES, (images,), generator=generator).to(device)
 
 
+def classify(encoder: Encoder, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The authors' ResNet: logits and the activations that the decoder reads."""
+    net: Any = encoder.backbone
+    layers = [net.maxpool(net.relu(net.bn1(net.conv1(x))))]
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        layers.append(stage(layers[-1]))
+    return net.fc(net.avgpool(layers[-1]).flatten(1)), layers
+
+
+def decode(decoder: Decoder, layers: list[Tensor]) -> Tensor:
+    """The authors' decoder: all activations at the size of the first, one 3x3 convolution."""
+    features = [layers[0]]
+    for index, projection in decoder.projections.items():
+        feature = projection(layers[int(index)])
+        features.append(
+            F.interpolate(feature, layers[0].shape[-2:], mode="bilinear", align_corners=False)
+        )
+    return torch.sigmoid(decoder.final(torch.cat(features, 1)))
+
+
 class AuthorsLoop:
     """One iteration of the authors' training, and the statistics that they take in each."""
 
@@ -106,22 +131,24 @@ class AuthorsLoop:
         }
 
     def step(self, x: Tensor, y: Tensor, drawn: bool) -> None:
-        output, layers = self.classifier(x)
+        output, layers = classify(self.classifier, x)
         loss = F.cross_entropy(output, y)
         if not self.fixed:
             self.sgd.zero_grad()
             loss.backward()
             self.sgd.step()
         mask = F.interpolate(
-            self.decoder([layer.detach() for layer in layers]), x.shape[-2:], mode="nearest"
+            decode(self.decoder, [layer.detach() for layer in layers]),
+            x.shape[-2:],
+            mode="nearest",
         )
         x_masked = x * (1 - mask)
         if drawn:
             self.confuser.load_state_dict(self.pool[0])
             self.confuser.eval()
-            output_masked, _ = self.confuser(x_masked)
+            output_masked, _ = classify(self.confuser, x_masked)
         else:
-            output_masked, _ = self.classifier(x_masked)
+            output_masked, _ = classify(self.classifier, x_masked)
         loss_masked = F.cross_entropy(output_masked, y)
         waiting: list[Tensor | None] = []
         if not drawn and not self.fixed:

@@ -15,12 +15,13 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from casm_fast.models.compact import CompactResNet
+from casm_fast.models.compact import BLOCKS, CompactResNet
+from casm_fast.models.stem import stem_convolution
 from casm_fast.models.taps import PAPER_FINEST_STRIDE, TapRecorder, logits_layer, logits_of, survey
 
 logger = logging.getLogger(__name__)
 
-COMPACT = "compact"
+COMPACT = tuple(BLOCKS)
 TIMM_PREFIX = "timm/"
 
 # The weights of the paper: torchvision's first ImageNet release (76.1 % top-1 for ResNet-50).
@@ -126,7 +127,9 @@ class ResNetEncoder(Encoder):
         """See `Encoder.forward`."""
         _check_images(images)
         net = self.backbone
-        stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))  # [B, 64, H/4, W/4]
+        stem = net.maxpool(
+            net.relu(net.bn1(stem_convolution(net.conv1, images)))
+        )  # [B, 64, H/4, W/4]
         layer1 = net.layer1(stem)
         layer2 = net.layer2(layer1)
         layer3 = net.layer3(layer2)
@@ -193,7 +196,8 @@ def build_encoder(
 
     Args:
         name: ``"resnet18"`` … ``"resnet152"`` (and torchvision's ResNeXt and Wide ResNet): the
-            taps of the paper. ``"compact"``: a quarter-width ResNet-18 for 64x64 images. Any other
+            taps of the paper. ``"compact"``: a quarter-width ResNet-18 for 64x64 images;
+            ``"compact10"`` and ``"compact34"``: shallower and deeper ones. Any other
             classifier of torchvision, and ``"timm/<name>"`` for one of timm: the taps are found
             by `discover_taps`.
         classes: number of logits.
@@ -228,14 +232,14 @@ def build_encoder(
 
 def _build_backbone(name: str, classes: int) -> tuple[nn.Module, int]:
     """The network and the side of the images that it was made for."""
-    if name == COMPACT:
-        return CompactResNet(classes), 64
+    if name in COMPACT:
+        return CompactResNet(classes, BLOCKS[name]), 64
     if name.startswith(TIMM_PREFIX):
         backbone = _create_timm(name, pretrained=False, num_classes=classes)
         return backbone, int(backbone.pretrained_cfg["input_size"][-1])
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        close = difflib.get_close_matches(name, [COMPACT, *known], n=3)
+        close = difflib.get_close_matches(name, [*COMPACT, *known], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "resnet50 is the paper's"
         raise ValueError(
             f"build_encoder: expected `name` to be 'compact', a classifier of torchvision or "
@@ -300,7 +304,7 @@ def _load_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
 
 def _read_library_weights(name: str, weights: str) -> dict[str, Tensor] | None:
     """The state dict of weights that the library knows by name; None when it knows none such."""
-    if name == COMPACT:
+    if name in COMPACT:
         return None
     if name.startswith(TIMM_PREFIX):
         if weights != "imagenet":

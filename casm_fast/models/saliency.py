@@ -170,7 +170,7 @@ def build_model(
             is the output of a stage.
         tap_indices: see `Decoder`.
         finest_stride: see `build_encoder`.
-        input_size: side of the training images; None for 64 ("compact") or 224.
+        input_size: side of the training images; None for 64 ("compact" ones) or 224.
         resize_policy: see `SaliencyModel`.
         mean: see `SaliencyModel`.
         std: see `SaliencyModel`.
@@ -187,7 +187,7 @@ def build_model(
         tap_indices=tap_indices,
     )
     if input_size is None:
-        input_size = 64 if backbone == COMPACT else 224
+        input_size = 64 if backbone in COMPACT else 224
     return SaliencyModel(
         classifier,
         decoder,
