@@ -34,6 +34,35 @@ def gradients(poison: float | None, seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 1, 3, 3), (6, 4, 1, 1)])
+@pytest.mark.parametrize("weight_last", [True, False])
+@pytest.mark.parametrize("gradient_last", [True, False])
+def test_a_gradient_may_lie_in_another_memory_order_than_its_weight(
+    kind: str, shape: tuple[int, ...], weight_last: bool, gradient_last: bool
+) -> None:
+    """The oracle is the plain optimiser, which looks at strides; the fused ones do not."""
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(shape, generator=generator)
+
+    def laid_out(tensor: Tensor, last: bool) -> Tensor:
+        order = torch.channels_last if last else torch.contiguous_format
+        return tensor.clone(memory_format=order)
+
+    ours = [torch.nn.Parameter(laid_out(start, weight_last))]
+    theirs = [torch.nn.Parameter(start.clone())]
+    descent = Descent(optimizer(kind, ours, True), scaled=False, clip=1.0)
+    reference = optimizer(kind, theirs, False)
+    for _ in range(3):
+        gradient = torch.randn(shape, generator=generator)
+        descent.step([laid_out(gradient, gradient_last)])
+        theirs[0].grad = gradient
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+    # Worst measured: 1.2e-7. Mixed-up weights differ by 0.1 and more.
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_loss_scaling_is_that_of_grad_scaler(
     kind: str, clip: float | None, monkeypatch: pytest.MonkeyPatch

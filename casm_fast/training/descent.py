@@ -113,9 +113,11 @@ class Descent:
             gradients: Of the scaled loss, one for each parameter.
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else _laid_out(gradient, parameter)
         if self.scale is not None:
-            reached = [gradient for gradient in gradients if gradient is not None]
+            reached = [
+                parameter.grad for parameter in self.parameters if parameter.grad is not None
+            ]
             # The fused optimisers look for these two names, as GradScaler leaves them.
             self.optimizer.found_inf = self.scale.remove(reached)  # type: ignore[union-attr]
             self.optimizer.grad_scale = None  # type: ignore[union-attr]
@@ -148,6 +150,22 @@ class Descent:
         for parameter in self.parameters:
             if parameter.grad is not None and not self.optimizer.state[parameter]:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the memory order of its parameter.
+
+    torch's fused optimisers walk through both as they lie in memory, whatever their strides, and
+    would move each weight by another one's gradient. (torch.nn's convolutions give gradients in the
+    order of their input: ConvNeXt's strided ones in channels-last, where its weights are not.)
+    """
+    same = all(
+        size == 1 or given == wanted
+        for size, given, wanted in zip(
+            parameter.shape, gradient.stride(), parameter.stride(), strict=True
+        )
+    )
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 class GradientSum:
