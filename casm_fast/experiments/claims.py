@@ -17,7 +17,7 @@ training, says how much evidence a mask has left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ _GREY = (124, 116, 104)  # ImageNet's mean colour, which replaces what is masked
 
 def run(study: Study) -> Findings:
     """Train every strategy from the same pre-trained classifiers, and measure what it covers."""
-    source = _with_emblems(study)
+    source = with_emblems(study)
     study.progress("the referee, on the pictures without emblems")
     # Same seed, same scenes: what the referee learns differs from the set in the emblems alone.
     spec = study.training.name.replace(f",emblem={source.emblem}", "")
@@ -145,32 +145,44 @@ def run(study: Study) -> Findings:
     )
 
 
-def train(study: Study, strategy: str, seed: int) -> Run:
-    """One training, from the classifier of its seed."""
-    size = {"input_size": study.training.images.shape[1]}  # type: ignore[attr-defined]
-    classifier = study.classifier(seed=seed, **size)
-    return study.train(
-        strategy=strategy,
-        seed=seed,
-        weights=str(classifier.checkpoint.resolve()),
-        pretrain_epochs=0,
-        **size,
-    )
+def train(
+    study: Study,
+    strategy: str,
+    seed: int,
+    *,
+    classifier: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """One training, from the classifier of its seed.
+
+    Args:
+        study: Whose training images are learned from, at their own size.
+        strategy: Of the history.
+        seed: Of classifier and training.
+        classifier: Fields of `TrainConfig` for classifier and training alike, such as
+            ``backbone`` and ``pretrain_epochs``.
+        **settings: The same for the training alone.
+    """
+    shared = {"input_size": study.training.images.shape[1], **(classifier or {})}  # type: ignore[attr-defined]
+    start = study.classifier(seed=seed, **shared)
+    weights = str(start.checkpoint.resolve())
+    return study.train(strategy=strategy, seed=seed, weights=weights, **shared, **settings)
 
 
 @torch.no_grad()
-def measure(study: Study, trained: Run, referee: Encoder) -> dict[str, Any]:
+def measure(study: Study, trained: Run, referee: Encoder | None = None) -> dict[str, Any]:
     """The columns of the table, and the curves, of one model.
 
     Args:
         study: Whose validation images are looked at.
         trained: The model.
-        referee: Classifier that judges what is left.
+        referee: Classifier that judges what is left; None: nobody does.
 
     Returns:
-        Shares in [0, 1] by the keys of `COLUMNS`, and ``"curve"``: coverage by region and share.
+        Shares in [0, 1] by the keys of `COLUMNS` (without a referee all but its own), and
+        ``"curve"``: coverage by region and share.
     """
-    source, model = _with_emblems(study), trained.model()
+    source, model = with_emblems(study), trained.model()
     device = next(model.parameters()).device
     images, labels = _images(source, study.limit), source.labels[: study.limit]
     maps, clean, masked = [], [], []
@@ -198,7 +210,7 @@ def measure(study: Study, trained: Run, referee: Encoder) -> dict[str, Any]:
 @torch.no_grad()
 def references(study: Study, referee: Encoder) -> dict[str, dict[str, float]]:
     """The same measures for cells that no model chose."""
-    source = _with_emblems(study)
+    source = with_emblems(study)
     images = _images(source, study.limit)
     objects, emblems = source.masks[: study.limit], source.emblem_masks[: study.limit]
     noise = np.random.default_rng(0).random(objects.shape)
@@ -221,7 +233,7 @@ def references(study: Study, referee: Encoder) -> dict[str, dict[str, float]]:
 
 def _gallery(study: Study, models: dict[str, Run]) -> Gallery:
     """The first pictures with one object: saliency, and what masks of equal area leave."""
-    source = _with_emblems(study)
+    source = with_emblems(study)
     shown = [i for i in range(study.limit) if len(source.boxes(i)) == 1][:_SHOWN]
     size = source.images.shape[1]
     repeat = max(1, _TILE // size)
@@ -255,7 +267,8 @@ def _gallery(study: Study, models: dict[str, Run]) -> Gallery:
     )
 
 
-def _with_emblems(study: Study) -> SyntheticSource:
+def with_emblems(study: Study) -> SyntheticSource:
+    """The validation images, whose evidence is known pixel by pixel."""
     source = study.validation
     if not isinstance(source, SyntheticSource) or source.emblem is None:
         raise ValueError(
@@ -275,7 +288,7 @@ def _regions(source: SyntheticSource, images: int) -> dict[str, NDArray[np.bool_
 
 
 def _equal_area(
-    source: SyntheticSource, saliency: NDArray[Any], images: Tensor, referee: Encoder
+    source: SyntheticSource, saliency: NDArray[Any], images: Tensor, referee: Encoder | None
 ) -> dict[str, float]:
     """Coverage, LE and the referee's accuracy of masks as large as each picture's objects."""
     count, size = len(saliency), source.images.shape[1]
@@ -283,16 +296,15 @@ def _equal_area(
     boxes, _ = mask_boxes(torch.from_numpy(kept.astype(np.float32))[:, None])
     truth = [source.boxes(index) for index in range(count)]
     scaled = boxes.numpy().astype(np.int64) * size // saliency.shape[-1]
-    parts = zip(
-        torch.split(images, _BATCH), torch.split(torch.from_numpy(kept), _BATCH), strict=True
-    )
-    answers = np.concatenate([_answers(referee, part, mask.float()) for part, mask in parts])
-    regions = _regions(source, count)
-    return {
-        **{key: _share(coverage(kept, region)) for key, region in regions.items()},
-        LE.key: localisation_error(iou(scaled, truth)),
-        REFEREE.key: _share(answers == source.labels[:count]),
-    }
+    found = {key: _share(coverage(kept, region)) for key, region in _regions(source, count).items()}
+    found[LE.key] = localisation_error(iou(scaled, truth))
+    if referee is not None:
+        parts = zip(
+            torch.split(images, _BATCH), torch.split(torch.from_numpy(kept), _BATCH), strict=True
+        )
+        answers = np.concatenate([_answers(referee, part, mask.float()) for part, mask in parts])
+        found[REFEREE.key] = _share(answers == source.labels[:count])
+    return found
 
 
 def _answers(

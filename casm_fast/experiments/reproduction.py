@@ -19,6 +19,7 @@ from casm_fast.experiments import (
     claims,
     coco_examples,
     comparison_grid,
+    conditions,
     distributions,
     failures,
     figure2,
@@ -49,7 +50,8 @@ PAGE = "index.html"
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
-        *(table1, table2, table3, seeds, statistics, figure2, figure3, resizing, claims),
+        *(table1, table2, table3, seeds, statistics, figure2, figure3, resizing),
+        *(claims, conditions),
         *(distributions, comparison_grid, top5_setting, architectures, layers),
         *(preservation_vs_deletion, coco_examples, failures, animal_parts),
         *(supplement_table1, pointing_game, occlusion_variants),

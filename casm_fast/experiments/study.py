@@ -334,7 +334,7 @@ class Study:
         Args:
             training: Images to learn from; those of the data set by default.
             **settings: Fields of `TrainConfig`. With ``weights`` among them the run starts from
-                these.
+                these, and nothing is pre-trained.
 
         Returns:
             Where the model is.
@@ -347,6 +347,8 @@ class Study:
             config = dataclasses.replace(
                 config, weights=str(classifier.checkpoint.resolve()), pretrain_epochs=0
             )
+        elif "weights" in settings:
+            config = dataclasses.replace(config, pretrain_epochs=0)
         return self._run(config, training or self.training)
 
     def classifier(self, *, training: ImageSource | None = None, **settings: Any) -> Run:
