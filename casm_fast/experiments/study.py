@@ -342,7 +342,8 @@ class Study:
         config = self.config(**settings)
         given = "weights" in settings or "weights" in self.settings
         if not given and (training is not None or config.pretrain_epochs):
-            shared = {k: settings[k] for k in ("backbone", "input_size") if k in settings}
+            fields = ("backbone", "input_size", "pretrain_epochs")
+            shared = {name: settings[name] for name in fields if name in settings}
             classifier = self.classifier(training=training, **shared)
             config = dataclasses.replace(
                 config, weights=str(classifier.checkpoint.resolve()), pretrain_epochs=0

@@ -104,7 +104,9 @@ def train(study: Study, images: ClassSubset | None) -> Run:
     if not study.embedded:
         return study.train(training=images, strategy=STRATEGY)
     # The quick form has fewer images than those of the other experiments.
-    settings: dict[str, Any] = {"epoch_fraction": 0.5} if study.scale == QUICK else {}
+    settings: dict[str, Any] = (
+        {"epoch_fraction": 0.4, "pretrain_epochs": 5} if study.scale == QUICK else {}
+    )
     if images is None:
         return study.train(strategy=STRATEGY, **settings)
     share = len(images) / len(study.training)
