@@ -47,6 +47,8 @@ import torch
 import torch.nn.functional as F
 from conftest import placed
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from casm_fast.models.decoder import Decoder
 from casm_fast.models.encoder import Encoder
@@ -358,6 +360,51 @@ def phases(loop: Ours, strategy: str, data: tuple[Tensor, Tensor], calls: int) -
     return {phase: share / total for phase, share in spent.items()}
 
 
+class Convolutions(TorchDispatchMode):
+    """Seconds that are spent inside convolutions, while the context is open: what no loop saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, call: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kind = {
+            torch.ops.aten.convolution.default: "forward",
+            torch.ops.aten.convolution_backward.default: "gradients",
+        }.get(call)
+        if kind is None:
+            return call(*args, **(kwargs or {}))
+        if args[0].is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call(*args, **(kwargs or {}))
+        if args[0].is_cuda:
+            torch.cuda.synchronize()
+        self.seconds[kind] += time.perf_counter() - start
+        return result
+
+
+def arithmetic(
+    loop: Loop, strategy: str, data: tuple[Tensor, Tensor], calls: int
+) -> dict[str, Any]:
+    """What a step computes: operations, and the time of its convolutions alone, by kind."""
+    steps = len(DRAWS[strategy])
+    with FlopCounterMode(display=False) as counter:
+        run(loop, strategy, data)
+    taken: dict[str, list[float]] = defaultdict(list)
+    for _ in range(calls):
+        with Convolutions() as convolutions:
+            run(loop, strategy, data)
+        for kind, spent in convolutions.seconds.items():
+            taken[kind].append(spent / steps * 1e3)
+    return {
+        "gigaflops": counter.get_total_flops() / steps / 1e9,
+        "convolutions_ms": {kind: statistics.median(times) for kind, times in taken.items()},
+    }
+
+
 def store_seconds(loop: Ours) -> float:
     """Time to copy a snapshot into the history."""
     history, model = loop.engine.history, loop.engine.model
@@ -469,6 +516,8 @@ def test_step(
             "images_per_second": images / median * 1e3,
             "peak_mebibytes": memory,
         }
+        if "compiled" not in name:
+            rows[name] |= arithmetic(loops[name], strategy, data, rounds)
     mine = loops["ours"]
     assert isinstance(mine, Ours)
     shares = phases(mine, strategy, data, 3 if quick else 1)

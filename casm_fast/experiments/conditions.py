@@ -46,7 +46,7 @@ class Condition:
 
     name: str
     options: str = ""
-    pretraining: int = 3
+    pretraining: int = 1
     casm: int = 1
     training: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     strategies: tuple[str, ...] = ("F", "L")
@@ -54,18 +54,19 @@ class Condition:
 
 
 CONDITIONS = (
-    Condition("reference", strategies=("F", "L", "L100"), quick=True),
-    Condition("pre-trained a third as long", pretraining=1, quick=True),
-    Condition("16 classes", options="classes=16", quick=True),
-    Condition("10 layers", training={"backbone": "compact10"}),
-    Condition("emblem right in 50 %", options="emblem=50"),
+    Condition("reference", quick=True),
+    Condition(
+        "pre-trained three times as long", pretraining=3, strategies=("F", "L", "L100"), quick=True
+    ),
+    Condition("10 layers", training={"backbone": "compact10"}, quick=True),
     Condition("34 layers", training={"backbone": "compact34"}),
-    Condition("pictures of 48x48", options="size=48"),
+    Condition("16 classes", options="classes=16", quick=True),
     Condition("32 classes", options="classes=32"),
-    Condition("CASM three times as long", casm=3),
-    Condition("4 classes", options="classes=4"),
-    Condition("emblem of random hue", options="emblem=0"),
+    Condition("pictures of 48x48", options="size=48"),
     Condition("pictures of 64x64", options="size=64"),
+    Condition("emblem right in 50 %", options="emblem=50"),
+    Condition("emblem of random hue", options="emblem=0"),
+    Condition("CASM three times as long", casm=3),
 )
 
 COLUMNS = (
@@ -132,7 +133,7 @@ def run(study: Study) -> Findings:
         ],
         notes=[
             "The reference: 32x32 pictures of 8 classes, emblems that are always right, the "
-            "compact network of 18 layers, pre-training three times as long as the preset's.",
+            "compact network of 18 layers, pre-training and CASM as long as the preset's.",
             f"lambda_R is {LAMBDA_R:g} everywhere.",
             *study.remarks,
         ],
