@@ -40,6 +40,7 @@ def weights_after(steps: int, fields: dict[str, Any], compile: bool) -> dict[str
     "fields",
     [
         {"strategy": "L1", "masked_statistics": False},
+        {"strategy": "L", "score": "classification"},
         {"strategy": "F", "objective": "masked_in_out", "shared_encoder": False},
         {"strategy": "L1", "classifier_update": "alternating", "accumulate": 2, "infill": "blur"},
     ],

@@ -103,6 +103,16 @@ def test_a_step_computes_what_the_arithmetic_asks_for(
     assert (forward + weights + inputs + first_layers) / 2 == units
 
 
+@pytest.mark.parametrize("update", ["joint", "alternating"])
+def test_the_classification_score_of_a_live_judge_costs_no_gradient_of_its_own(
+    update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 units: the masked images' gradient comes with the classifier's own."""
+    fields = {"strategy": "L", "score": "classification", "classifier_update": update}
+    forward, weights, inputs = classifier_work(record_step(monkeypatch, False, **fields))
+    assert (forward, weights, inputs) == (4, 4, 3)  # the clean images' gradient nobody wants
+
+
 @pytest.mark.parametrize("strategy", ["F", "L", "L100"])
 @pytest.mark.parametrize("fields", [{}, {"amp": "fp16"}, {"accumulate": 3, "decoder_ema": 0.9}])
 def test_a_step_reads_no_value_and_moves_each_network_once(

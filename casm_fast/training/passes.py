@@ -196,17 +196,29 @@ class Passes:
                 live = [self._classify_masked(masked.detach()) for masked in kinds]
 
         theta_gradients: Gradients = ()
+        # A live judge's classification score is the classifier's own loss: one gradient through f
+        # serves both. Not with loss scales, of which each objective has its own.
+        shared = (
+            learns
+            and snapshot is None
+            and self.config.score == "classification"
+            and self.kinds == 1
+            and scale is None
+        )
+        of_images: Gradients = ()
         if learns and live is not None:
-            theta_gradients = _gradients(
+            inputs = self.classifier_parameters
+            gradients = _gradients(
                 _times(classification_loss(live, labels), weight * self.kinds, scale),
-                self.classifier_parameters,
-                retain=snapshot is None,
+                [*inputs, *kinds] if shared else inputs,
+                retain=snapshot is None and not shared,
             )
+            theta_gradients, of_images = gradients[: len(inputs)], gradients[len(inputs) :]
         if snapshot is not None:
             with self._autocast():
                 judged = [self.history.judge(snapshot, masked) for masked in kinds]
         elif live is not None:
-            judged = live
+            judged = [logits.detach() for logits in live] if shared else live
 
         correct = clean.logits.argmax(dim=1) == labels
         objective = mask_loss(
@@ -218,9 +230,12 @@ class Passes:
                 + masked_in_loss(judged[1], labels, saliency, self.lambda_in)
                 + self.config.lambda_tv * smoothness(saliency, images.shape[-2], images.shape[-1])
             )
-        mask_gradients = _gradients(
-            _times(objective, mask_weight, mask_scale), self.mask_parameters
-        )
+        descended = _times(objective, mask_weight, mask_scale)
+        for masked, gradient in zip(kinds, of_images, strict=False):
+            assert gradient is not None
+            # The score's part, linear in the images: its gradient is what was found above.
+            descended = descended - mask_weight / weight * (gradient * masked).sum()
+        mask_gradients = _gradients(descended, self.mask_parameters)
 
         with torch.no_grad():
             seen = judged if live is None else live
