@@ -92,8 +92,11 @@ def assert_same_results(
     model: SaliencyModel, classifier: nn.Module, decoder: AuthorsDecoder
 ) -> None:
     with torch.no_grad():
-        for got, want in zip(model(images()), authors_result(classifier, decoder), strict=True):
-            assert torch.equal(got, want)
+        saliency, logits = model(images())
+        expected, expected_logits = authors_result(classifier, decoder)
+    assert torch.equal(logits, expected_logits)
+    # The decoder's sum is in another order; worst measured: 1.2e-7.
+    torch.testing.assert_close(saliency, expected, rtol=0, atol=5e-6)
 
 
 def test_a_file_of_the_authors(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from casm_fast.models import build_encoder
+from casm_fast.models.encoder import ResNetEncoder
 from casm_fast.models.stem import stem_convolution
 
 
@@ -64,7 +65,10 @@ def test_hooks_see_the_convolution_called() -> None:
 def test_a_resnet_has_the_same_gradients_for_its_images() -> None:
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", classes=5).eval()
+    assert isinstance(encoder, ResNetEncoder)
     images = torch.randn(2, 3, 45, 64, requires_grad=True)
+    assert torch.equal(encoder(images)[0], encoder(images.detach())[0])
+    encoder.by_blocks = True
     (ours,) = torch.autograd.grad(encoder(images)[0][:, 1].sum(), images)
     (theirs,) = torch.autograd.grad(encoder.backbone(images)[:, 1].sum(), images)
     assert ours.abs().max() > 1e-3

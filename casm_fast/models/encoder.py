@@ -104,9 +104,14 @@ class ResNetEncoder(Encoder):
     Args:
         backbone: a torchvision ResNet (ResNeXt, Wide ResNet) or a `CompactResNet`.
         name: what `build_encoder` made it from.
+
+    Attributes:
+        by_blocks: take the first convolution by `stem_convolution`, whose gradient for images is
+            cheap on a CPU; the outputs are the same up to rounding.
     """
 
     backbone: ResNet | CompactResNet
+    by_blocks: bool = False
 
     def __init__(self, backbone: ResNet | CompactResNet, *, name: str = "") -> None:
         channels = [backbone.conv1.out_channels]
@@ -127,9 +132,8 @@ class ResNetEncoder(Encoder):
         """See `Encoder.forward`."""
         _check_images(images)
         net = self.backbone
-        stem = net.maxpool(
-            net.relu(net.bn1(stem_convolution(net.conv1, images)))
-        )  # [B, 64, H/4, W/4]
+        first = stem_convolution(net.conv1, images) if self.by_blocks else net.conv1(images)
+        stem = net.maxpool(net.relu(net.bn1(first)))  # [B, 64, H/4, W/4]
         layer1 = net.layer1(stem)
         layer2 = net.layer2(layer1)
         layer3 = net.layer3(layer2)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from casm_fast.models.encoder import ResNetEncoder
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.training.average import MappingAverage
 from casm_fast.training.calibration import Calibration
@@ -90,6 +91,8 @@ class Engine:
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.memory_format = memory_format
         self.model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+        if isinstance(model.classifier, ResNetEncoder):
+            model.classifier.by_blocks = True  # every step takes a gradient for images
         self.history = History(
             model.classifier,
             self.strategy,
