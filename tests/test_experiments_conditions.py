@@ -26,7 +26,7 @@ def trainings(result: Reproduction) -> dict[str, dict[str, Any]]:
 
 def test_every_run_is_told_and_means_are_means(result: Reproduction) -> None:
     means, runs = result.findings.tables
-    names = ["reference", "pre-trained a third as long", "16 classes"]
+    names = ["reference", "pre-trained three times as long", "10 layers", "16 classes"]
     assert [row.name for row in means.rows if row.name.endswith(": L")] == [
         f"{name}: L" for name in names
     ]
@@ -35,7 +35,7 @@ def test_every_run_is_told_and_means_are_means(result: Reproduction) -> None:
         assert mean.ours == pytest.approx(run.ours)
     body = {row.name: row.ours["body"] or 0.0 for row in means.rows}
     ahead = sum(body[f"{name}: L"] > body[f"{name}: F, Baseline"] for name in names)
-    assert result.findings.verdict.startswith(f"In {ahead} of 3 pairs with the same classifier L ")
+    assert result.findings.verdict.startswith(f"In {ahead} of 4 pairs with the same classifier L ")
     assert (result.folder / "conditions.png").stat().st_size > 5000
 
 
@@ -44,15 +44,15 @@ def test_strategies_start_from_the_same_classifier_with_the_same_lambda(
 ) -> None:
     runs = trainings(result)
     learned = [run for run in runs.values() if run["epochs"]]
-    assert len(learned) == 7  # F and L three times, L100 for the reference
+    assert len(learned) == 9  # F and L four times, L100 once
     assert {run["lambda_r"] for run in learned} == {conditions.LAMBDA_R}
     assert {run["pretrain_epochs"] for run in learned} == {0}
     starts: dict[str, set[str]] = {}
     for run in learned:
         starts.setdefault(run["weights"], set()).add(run["strategy"])
-    assert sorted(map(sorted, starts.values())) == [["F", "L"], ["F", "L"], ["F", "L", "L1"]]
-    epochs = {name: runs[name]["pretrain_epochs"] for name in starts}
-    assert sorted(epochs.values()) == [1, 3, 3]
+    assert sorted(map(sorted, starts.values())) == [*[["F", "L"]] * 3, ["F", "L", "L1"]]
+    assert sorted(runs[name]["pretrain_epochs"] for name in starts) == [1, 1, 1, 3]
+    assert sorted(runs[name]["backbone"] for name in starts) == [*["compact"] * 3, "compact10"]
 
 
 def test_a_condition_changes_one_thing() -> None:

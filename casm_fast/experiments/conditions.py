@@ -128,7 +128,7 @@ def run(study: Study) -> Findings:
                 "Coverage of the object without its emblem, at equal area",
                 "One dot per run; a line joins the two runs from the same classifier.",
                 _dots(chosen, found),
-                (7.0, 0.9 + 0.36 * len(chosen)),
+                (7.0, 1.2 + 0.36 * len(chosen)),
             )
         ],
         notes=[
@@ -202,12 +202,12 @@ def _dots(
                 named.add(strategy)
         axes.set_yticks(range(len(conditions)), [condition.name for condition in conditions])
         axes.set_ylim(len(conditions) - 0.4, -0.6)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 100)
         axes.grid(False, axis="y")
         axes.grid(True, axis="x")
         axes.tick_params(axis="y", labelcolor=palette.ink)
         axes.set_xlabel("object less emblem covered, %")
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
     return draw
 
