@@ -27,9 +27,8 @@ from casm_fast.data.synthetic import generate, write_tree
 from casm_fast.extraction import ExtractConfig, Extractor, extract
 from casm_fast.extraction.rows import label_numbers
 from casm_fast.models import checkpoint, fingerprint
-from casm_fast.models.cells import Cells, inside
 from casm_fast.models.saliency import SaliencyModel, build_model, full_size
-from casm_fast.models.statistics import measure
+from casm_fast.models.statistics import Cells, inside, measure
 
 CONVENTION = Convention(32, "crop", "mean", 1.0, "largest", 4)
 

@@ -33,7 +33,7 @@ from casm_fast.evaluation.printing import (
 from casm_fast.evaluation.published import Published
 from casm_fast.evaluation.scores import Counts, Localisation, score_baselines, score_boxes
 from casm_fast.evaluation.truth import check_truth
-from casm_fast.models.cells import Cells, inside
+from casm_fast.models.statistics import Cells, inside
 
 
 @dataclass(frozen=True)

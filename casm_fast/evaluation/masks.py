@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from casm_fast.evaluation.intervals import HasIntervals, Interval, bootstrap_means
 from casm_fast.evaluation.maps import Maps, as_maps
 from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
-from casm_fast.models.cells import Cells
-from casm_fast.models.statistics import measure
+from casm_fast.models.statistics import Cells, measure
 
 _FORMS: dict[str, tuple[str, str]] = {
     "mean": ("mean saliency", ".3f"),

@@ -21,9 +21,8 @@ from casm_fast.data import localization
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import normalize
 from casm_fast.extraction.config import Precision
-from casm_fast.models.cells import Cells, inside
 from casm_fast.models.saliency import SaliencyModel
-from casm_fast.models.statistics import measure
+from casm_fast.models.statistics import Cells, inside, measure
 
 TOP = 5
 """Classes that a row lists."""
