@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,8 +55,7 @@ class Geometry:
         Returns:
             ``[n, 4]`` int32 in network pixels, possibly negative or beyond the square.
         """
-        table = np.asarray(boxes, np.float64).reshape(-1, 4)
-        return np.trunc(table * self._scales() - self._offsets()).astype(np.int32)
+        return to_network([self], boxes)
 
     def to_original(self, boxes: NDArray[Any]) -> NDArray[np.int32]:
         """Boxes of the network's square in original pixels.
@@ -69,22 +69,52 @@ class Geometry:
         Returns:
             ``[n, 4]`` int32 half-open, in original pixels.
         """
-        table = np.asarray(boxes, np.float64).reshape(-1, 4)
-        exact = (table + self._offsets()) / self._scales()
-        low = np.floor(exact[:, :2] + _SLACK)
-        high = np.ceil(exact[:, 2:] - _SLACK)
-        sides = np.array([self.width, self.height] * 2)
-        result: NDArray[np.int32] = np.clip(np.concatenate([low, high], axis=1), 0, sides).astype(
-            np.int32
-        )
-        result[np.any(table[:, 2:] <= table[:, :2], axis=1)] = 0
-        return result
+        return to_original([self], boxes)
 
-    def _scales(self) -> NDArray[np.float64]:
-        return np.array([self.scale_x, self.scale_y] * 2)
 
-    def _offsets(self) -> NDArray[np.float64]:
-        return np.array([self.offset_x, self.offset_y] * 2)
+def to_network(geometries: Sequence[Geometry], boxes: NDArray[Any]) -> NDArray[np.int32]:
+    """`Geometry.to_network` of boxes of many pictures.
+
+    Args:
+        geometries: One for each box, or a single one for all.
+        boxes: ``[n, 4]``.
+
+    Returns:
+        ``[n, 4]`` int32.
+    """
+    scales, offsets, _ = _numbers(geometries)
+    table = np.asarray(boxes, np.float64).reshape(-1, 4)
+    result: NDArray[np.int32] = np.trunc(table * scales - offsets).astype(np.int32)
+    return result
+
+
+def to_original(geometries: Sequence[Geometry], boxes: NDArray[Any]) -> NDArray[np.int32]:
+    """`Geometry.to_original` of boxes of many pictures.
+
+    Args:
+        geometries: One for each box, or a single one for all.
+        boxes: ``[n, 4]``.
+
+    Returns:
+        ``[n, 4]`` int32.
+    """
+    scales, offsets, sides = _numbers(geometries)
+    table = np.asarray(boxes, np.float64).reshape(-1, 4)
+    exact = (table + offsets) / scales
+    low = np.floor(exact[:, :2] + _SLACK)
+    high = np.ceil(exact[:, 2:] - _SLACK)
+    result: NDArray[np.int32] = np.clip(np.concatenate([low, high], axis=1), 0, sides).astype(
+        np.int32
+    )
+    result[np.any(table[:, 2:] <= table[:, :2], axis=1)] = 0
+    return result
+
+
+def _numbers(geometries: Sequence[Geometry]) -> NDArray[np.float64]:
+    """``[3, n, 4]`` scale, offset and side along x and y, for the corners (x, y, x, y)."""
+    rows = [(g.scale_x, g.scale_y, g.offset_x, g.offset_y, g.width, g.height) for g in geometries]
+    pairs = np.array(rows, np.float64).reshape(-1, 3, 2).transpose(1, 0, 2)
+    return np.concatenate([pairs, pairs], axis=2)
 
 
 def geometry(height: int, width: int, size: int, policy: Policy = "crop") -> Geometry:

@@ -11,11 +11,11 @@ nothing has to be pickled or shared.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ Augment = Literal["imagenet", "flip", "none"]
 area, aspect 3/4 to 4/3) and a horizontal flip; "flip" is resize and flip; "none" is resize."""
 
 _T = TypeVar("_T")
+_J = TypeVar("_J")
 
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 _AHEAD = 3  # batches in the making while one is in use
@@ -61,12 +62,14 @@ class ImageBatch:
         indices: Place of each image in the source.
         geometries: Where each image's pixels went.
         errors: (index, message) of each image that could not be read; these are not in ``images``.
+        truth: ``[n, 4]`` true boxes of each image, in its own pixels; () unless asked for.
     """
 
     images: Tensor
     indices: list[int]
     geometries: list[Geometry]
     errors: list[tuple[int, str]]
+    truth: Sequence[NDArray[np.int32]] = ()
 
 
 def batches_per_epoch(
@@ -194,8 +197,12 @@ def evaluation_batches(
     start: int = 0,
     stop: int | None = None,
     pin_memory: bool = False,
+    boxes: bool = False,
 ) -> Iterator[ImageBatch]:
     """The images of a set in order, as squares, with the geometry that leads back.
+
+    Images are decoded into the batch that is yielded, by whichever thread is free; of a long set
+    nothing is kept but the few batches in the making.
 
     Args:
         source: The set.
@@ -206,6 +213,8 @@ def evaluation_batches(
         start: First image.
         stop: Image to stop before; None is the end.
         pin_memory: Whether the images lie in pinned memory; needs an accelerator.
+        boxes: Whether to read the true boxes too. An image whose boxes cannot be read is one that
+            cannot be read.
 
     Yields:
         Batches; the last may be smaller.
@@ -227,13 +236,37 @@ def evaluation_batches(
             f"expected 0 <= `start` <= `stop` <= {len(source)}, got start {start} and stop {stop}"
         )
     _check_pinning(pin_memory)
-    chunks = [range(k, min(k + batch_size, stop)) for k in range(start, stop, batch_size)]
 
-    def load(index: int) -> tuple[NDArray[np.uint8], Geometry]:
-        image = source.image(index)
-        return resize(image, size, policy), geometry(image.shape[0], image.shape[1], size, policy)
+    def begin() -> Iterator[list[_Slot]]:
+        for first in range(start, stop, batch_size):
+            count = min(batch_size, stop - first)
+            pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=pin_memory)
+            yield [_Slot(first + k, k, pixels) for k in range(count)]
 
-    return _image_batches(chunks, load, size, workers, pin_memory)
+    def load(slot: _Slot) -> tuple[Geometry, NDArray[np.int32] | None]:
+        image = source.image(slot.image)
+        slot.pixels[slot.place].numpy()[...] = resize(image, size, policy)
+        where = geometry(image.shape[0], image.shape[1], size, policy)
+        return where, _true_boxes(source, slot.image) if boxes else None
+
+    return _image_batches(begin(), load, workers)
+
+
+class _Slot(NamedTuple):
+    """Where an image of a batch is to be written."""
+
+    image: int
+    place: int
+    pixels: Tensor
+
+
+def _true_boxes(source: ImageSource, index: int) -> NDArray[np.int32]:
+    try:
+        return source.boxes(index)
+    except DecodeError:
+        raise
+    except ValueError as error:
+        raise DecodeError(str(error)) from error
 
 
 # --- chance ---------------------------------------------------------------------------------------
@@ -387,47 +420,49 @@ def _check_labels(source: ImageSource, indices: list[int], labels: list[int]) ->
 
 
 def _image_batches(
-    chunks: list[range],
-    load: Callable[[int], tuple[NDArray[np.uint8], Geometry]],
-    size: int,
+    slots: Iterator[list[_Slot]],
+    load: Callable[[_Slot], tuple[Geometry, NDArray[np.int32] | None]],
     workers: int,
-    pin_memory: bool,
 ) -> Iterator[ImageBatch]:
-    for chunk, results in _ahead([list(chunk) for chunk in chunks], load, workers):
-        indices, squares, geometries, errors = [], [], [], []
-        for index, result in zip(chunk, results, strict=True):
+    for batch, results in _ahead(slots, load, workers):
+        read, geometries, truth, errors = [], [], [], []
+        for slot, result in zip(batch, results, strict=True):
             if isinstance(result, DecodeError):
-                errors.append((index, str(result)))
+                errors.append((slot.image, str(result)))
             else:
-                indices.append(index)
-                squares.append(result[0])
-                geometries.append(result[1])
-        pixels = np.stack(squares) if squares else np.empty((0, size, size, 3), np.uint8)
-        yield ImageBatch(_pinned(torch.from_numpy(pixels), pin_memory), indices, geometries, errors)
+                read.append(slot)
+                geometries.append(result[0])
+                if result[1] is not None:
+                    truth.append(result[1])
+        pixels = batch[0].pixels
+        if errors:
+            kept = pixels[[slot.place for slot in read]]
+            pixels = _pinned(kept, pixels.is_pinned())
+        yield ImageBatch(pixels, [slot.image for slot in read], geometries, errors, truth)
 
 
 def _ahead(
-    chunks: list[list[int]], load: Callable[[int], _T], workers: int
-) -> Iterator[tuple[list[int], list[_T | DecodeError]]]:
+    chunks: Iterable[list[_J]], load: Callable[[_J], _T], workers: int
+) -> Iterator[tuple[list[_J], list[_T | DecodeError]]]:
     """Loads chunks in order, ``_AHEAD`` of them in the making; closing it drops what is left."""
 
-    def attempt(index: int) -> _T | DecodeError:
+    def attempt(job: _J) -> _T | DecodeError:
         try:
-            return load(index)
+            return load(job)
         except DecodeError as error:
             return error
 
     if workers == 0:
         for chunk in chunks:
-            yield chunk, [attempt(index) for index in chunk]
+            yield chunk, [attempt(job) for job in chunk]
         return
     with ExitStack() as stack:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="casm-fast-loading")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pending: deque[tuple[list[int], list[Future[_T | DecodeError]]]] = deque()
+        pending: deque[tuple[list[_J], list[Future[_T | DecodeError]]]] = deque()
         waiting = iter(chunks)
         for chunk in waiting:
-            pending.append((chunk, [pool.submit(attempt, index) for index in chunk]))
+            pending.append((chunk, [pool.submit(attempt, job) for job in chunk]))
             if len(pending) > _AHEAD:
                 break
         while pending:
@@ -435,4 +470,4 @@ def _ahead(
             yield chunk, [future.result() for future in futures]
             upcoming = next(waiting, None)
             if upcoming is not None:
-                pending.append((upcoming, [pool.submit(attempt, index) for index in upcoming]))
+                pending.append((upcoming, [pool.submit(attempt, job) for job in upcoming]))

@@ -1,10 +1,10 @@
 """The table of predicted boxes: its columns, its description, reading it and writing it atomically.
 
 Extraction writes one row per image, evaluation and the report read them. A table is a Parquet
-file (or the same table in memory) whose metadata carries a :class:`Description` as JSON under the
-key ``casm_fast``: which model made the boxes, from which images, and by which conventions. A box
-is ``(x0, y0, x1, y1)``, half-open; "network pixels" are those of the square that the network saw,
-"original pixels" those of the image file.
+file, a folder of such files (`casm_fast.data.parts`) or the same table in memory; the metadata of
+each carries a :class:`Description` as JSON under the key ``casm_fast``: which model made the boxes,
+from which images, and by which conventions. A box is ``(x0, y0, x1, y1)``, half-open; "network
+pixels" are those of the square that the network saw, "original pixels" those of the image file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from casm_fast.data import parts as folders
 from casm_fast.data.geometry import Policy
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ FORMAT = 1
 """Version of the columns and of the description; raised when a reader of the old ones would be
 wrong.
 """
+
+CODEC = "zstd"
 
 _KEY = b"casm_fast"
 
@@ -159,17 +163,18 @@ def describe(table: pa.Table, description: Description) -> pa.Table:
     return table.replace_schema_metadata(metadata)
 
 
-def description_of(table: pa.Table, name: str = "the table") -> Description:
+def description_of(table: pa.Table | pa.Schema, name: str = "the table") -> Description:
     """The description in the metadata of ``table``.
 
     Args:
-        table: A table that extraction wrote.
+        table: A table that extraction wrote, or its schema.
         name: How error messages call it.
 
     Raises:
         ValueError: If the table has no description, or one of a newer format.
     """
-    text = (table.schema.metadata or {}).get(_KEY)
+    metadata = getattr(table, "schema", table).metadata
+    text = (metadata or {}).get(_KEY)
     if text is None:
         raise ValueError(
             f"{name} has no casm_fast description in its metadata: "
@@ -188,20 +193,116 @@ def read(path: str | Path) -> tuple[pa.Table, Description]:
     """Read a table of predictions and its description.
 
     Args:
-        path: A Parquet file that :func:`write` made. Where it does not exist but all of its parts
-            do (``boxes.1-of-4.parquet``, …, see :func:`part_path`), they are read as one table.
+        path: A Parquet file that :func:`write` made, or the folder of an extraction. Where it does
+            not exist but all of its shards do (``boxes.1-of-4.parquet``, …, see
+            :func:`part_path`), they are read as one table.
 
     Returns:
         The table and its description.
 
     Raises:
-        FileNotFoundError: If there is no such file, or a part is missing.
+        FileNotFoundError: If there is no such file, or a part of it is missing.
         ValueError: If the file is not Parquet, or not a table of predictions, or if the parts were
             not made by the same model and conventions from the same images.
     """
     path = Path(path)
+    if path.is_dir():
+        return read_places(path, range(folders.read_claim(path)["settings"]["images"]))
     parts = [] if path.is_file() else _parts(path)
     return _join([_read(part) for part in parts], path) if parts else _read(path)
+
+
+def read_places(folder: Path, span: range) -> tuple[pa.Table, Description]:
+    """Read some rows of the folder of an extraction.
+
+    Args:
+        folder: Of parts, see `casm_fast.data.parts`.
+        span: The places of the rows, at least one.
+
+    Returns:
+        The rows in order, and their description.
+
+    Raises:
+        FileNotFoundError: If a row is missing.
+        ValueError: If a part is damaged.
+    """
+    pieces = []
+    for part in complete(folder, span):
+        table, description = _read(part.path)
+        low, high = max(span.start, part.start), min(span.stop, part.stop)
+        pieces.append((table.slice(low - part.start, high - low), description))
+    return _join(pieces, folder)
+
+
+def complete(folder: Path, span: range) -> list[folders.Part]:
+    """The parts that hold the rows of a span, in order.
+
+    Raises:
+        FileNotFoundError: If a row is missing.
+    """
+    found = folders.listed(folder)
+    missing = sum(map(len, folders.gaps(found, span)))
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: expected the rows of {len(span):,} images, got {len(span) - missing:,}; "
+            "the casm-fast extract that began it goes on where it stopped"
+        )
+    return [part for part in found if part.stop > span.start and part.start < span.stop]
+
+
+def is_whole(part: folders.Part) -> bool:
+    """Whether the file of a part can be read and has as many rows as its name says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: int = pq.read_metadata(part.path).num_rows
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return rows == part.stop - part.start
+
+
+def errors_of(folder: Path, span: range) -> list[tuple[str, str]]:
+    """Ids and errors of the images of a span that could not be read, as far as there are rows."""
+    import pyarrow.parquet as pq
+
+    found = []
+    for part in folders.listed(folder):
+        if part.stop <= span.start or part.start >= span.stop:
+            continue
+        table = pq.read_table(part.path, columns=["image_id", "error"])
+        low, high = max(span.start, part.start), min(span.stop, part.stop)
+        table = table.slice(low - part.start, high - low)
+        if table["error"].null_count < len(table):
+            table = table.filter(table["error"].is_valid())
+            found += list(zip(*table.to_pydict().values(), strict=True))
+    return found
+
+
+def merge(folder: Path, span: range, path: Path) -> Path:
+    """Write the rows of a folder into one file, which appears whole; a part at a time in memory.
+
+    Args:
+        folder: Of parts.
+        span: The places of the rows.
+        path: The Parquet file.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        FileNotFoundError: If a row is missing.
+        ValueError: If a part is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    parts = complete(folder, span)
+    descriptions = [description_of(pq.read_schema(part.path), str(part.path)) for part in parts]
+    whole = schema().with_metadata({_KEY: _agreed(descriptions, folder).to_json()})
+    with _unfinished(path) as stream, pq.ParquetWriter(stream, whole, compression=CODEC) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part.path).replace_schema_metadata(whole.metadata))
+    return path
 
 
 def part_path(path: Path, part: int, parts: int) -> Path:
@@ -236,19 +337,25 @@ def _join(parts: list[tuple[pa.Table, Description]], path: Path) -> tuple[pa.Tab
     """Parts as one table, with the description of the whole."""
     import pyarrow as pa
 
-    first = parts[0][1]
-    for _, other in parts[1:]:
+    whole = _agreed([description for _, description in parts], path)
+    tables = [table.replace_schema_metadata() for table, _ in parts]
+    return describe(pa.concat_tables(tables).combine_chunks(), whole), whole
+
+
+def _agreed(parts: list[Description], path: Path) -> Description:
+    """The description of a whole from those of its parts."""
+    first = parts[0]
+    for other in parts[1:]:
         for name in ("source", "convention", "classes", "model"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(f"{path}: expected parts that agree, got two with another {name}")
-    whole = dataclasses.replace(
+    shards = {part.config.get("shard") for part in parts}
+    return dataclasses.replace(
         first,
-        saliency_size=max(part.saliency_size for _, part in parts),
-        config={**first.config, "shard": None},
-        seconds=sum(part.seconds for _, part in parts),
+        saliency_size=max(part.saliency_size for part in parts),
+        config={**first.config, "shard": shards.pop() if len(shards) == 1 else None},
+        seconds=sum(part.seconds for part in parts),
     )
-    tables = [table.replace_schema_metadata() for table, _ in parts]
-    return describe(pa.concat_tables(tables).combine_chunks(), whole), whole
 
 
 def _read(path: Path) -> tuple[pa.Table, Description]:
@@ -278,15 +385,22 @@ def write(table: pa.Table, path: str | Path) -> Path:
     """
     import pyarrow.parquet as pq
 
-    path = Path(path)
+    with _unfinished(Path(path)) as stream:
+        pq.write_table(table, stream, compression=CODEC)
+    return Path(path)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[IO[bytes]]:
+    """A file under another name that takes its own when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as stream:
-            pq.write_table(table, stream, compression="zstd")
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return path
+    folders.sync_folder(path.parent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -101,9 +103,15 @@ def normalize(
     if images.shape[3] == 3:
         images = images.permute(0, 3, 1, 2)
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(-1, 1, 1)
+    shift, scale = _channels(tuple(mean), images.device), _channels(tuple(std), images.device)
     return pixels.div_(255).sub_(shift).div_(scale)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """``[C, 1, 1]``; kept, because the copy to a GPU would wait for it at every call."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def denormalize(

@@ -15,22 +15,27 @@ import importlib.util
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from casm_fast.data import predictions
 from casm_fast.data.loading import evaluation_batches
 from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
+from casm_fast.extraction import local
 from casm_fast.extraction.config import ExtractConfig
-from casm_fast.extraction.extractor import Extractor, device_name
-from casm_fast.extraction.rows import batch_rows, label_numbers, to_table
+from casm_fast.extraction.rows import Naming, label_numbers
+from casm_fast.extraction.writer import Rows
 from casm_fast.models.saliency import SaliencyModel
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_BESIDE = ("start", "saliency_height", "saliency_width", "device_name")
+"""Columns that come with rows."""
 
 CPUS_PER_ACTOR = 4
 """CPUs behind every actor where there is no GPU: one of them reads, the others run the network."""
@@ -84,32 +89,37 @@ def plan(gpus: float, cpus: float, device: str) -> Plan:
     return Plan(actors, int(device != "cpu" and gpus >= 1), each, int(cpus) - actors * each)
 
 
-def run(
+def rows(
     model: SaliencyModel,
     convention: Convention,
     source: ImageSource,
-    span: range,
+    spans: list[range],
     config: ExtractConfig,
-) -> tuple[pa.Table, tuple[int, int], str]:
-    """Extract a part of a source on the cluster.
+) -> Generator[Rows, None, None]:
+    """The rows of some places, batch by batch and in order, made on the cluster.
 
     Args:
         model: In eval mode, on the CPU.
         convention: Geometry and box rule.
         source: The images; it is sent to every worker, so it must be possible to pickle it.
-        span: Places of the images.
-        config: Options.
+        spans: Places of the images.
+        config: Options, the batch size among them.
 
-    Returns:
-        The rows in order, the size ``(h, w)`` of the saliency maps, and the name of the devices.
+    Yields:
+        The rows of a batch.
 
     Raises:
         ImportError: Ray is not installed.
         ValueError: The cluster cannot serve the device, or the source cannot be sent.
     """
-    import pyarrow as pa
-    from tqdm import tqdm
-
+    size = config.batch_size or 1
+    starts = [
+        {"start": start, "stop": min(start + size, span.stop)}
+        for span in spans
+        for start in range(span.start, span.stop, size)
+    ]
+    if not starts:
+        return
     with _cluster() as ray:
         resources = ray.cluster_resources()
         spread = plan(resources.get("GPU", 0), resources.get("CPU", 0), config.device)
@@ -122,14 +132,14 @@ def run(
                 f"that cannot: {error}"
             ) from error
 
-        starts = list(range(span.start, span.stop, config.batch_size))
-        batches = ray.data.from_items([{"start": start} for start in starts])
+        batches = ray.data.from_items(starts)
         batches.context.enable_progress_bars = False  # one bar, ours, tells of the rows
+        batches.context.execution_options.preserve_order = True  # a part is rows in a row
         # Actors also for reading: Ray would run tasks inside of the network's actors, one after
         # the other, where both ask for one CPU.
         read = batches.map(
             _Read,
-            fn_constructor_args=(images, span.stop, job),
+            fn_constructor_args=(images, job),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=spread.readers),
             num_cpus=1,
         )
@@ -141,17 +151,15 @@ def run(
             num_cpus=spread.cpus,
             num_gpus=spread.gpus,
         )
-        tables = []
-        with tqdm(
-            total=len(span), unit="img", desc="extract", disable=None if config.progress else True
-        ) as bar:
-            for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-                tables.append(table)
-                bar.update(len(table))
-    whole = pa.concat_tables(tables).sort_by("index").combine_chunks()
-    sizes = (whole[f"saliency_{side}"].to_pylist() for side in ("height", "width"))
-    device = f"{spread.actors} x {whole['device'][0].as_py()}, by Ray {ray.__version__}"
-    return whole.select(to_table([]).column_names), max(zip(*sizes, strict=True)), device
+        names = predictions.schema().names
+        for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+            start, height, width, device = (table[name][0].as_py() for name in _BESIDE)
+            yield Rows(
+                start,
+                table.select(names),
+                (height, width),
+                f"{spread.actors} x {device}, by Ray {ray.__version__}",
+            )
 
 
 @contextmanager
@@ -191,30 +199,30 @@ class _Job:
 
 
 class _Read:
-    """Stage one: the place of a batch's first image -> the batch."""
+    """Stage one: the places of a batch -> the batch."""
 
-    def __init__(self, images: Any, stop: int, job: _Job) -> None:
+    def __init__(self, images: Any, job: _Job) -> None:
         import ray
 
         self._source: ImageSource = ray.get(images)
-        self._stop = stop
         self._job = job
 
     def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
-        start, size = int(row["start"]), self._job.config.batch_size
+        start, stop = int(row["start"]), int(row["stop"])
         (batch,) = evaluation_batches(
             self._source,
             size=self._job.convention.size,
-            batch_size=size,
+            batch_size=stop - start,
             policy=self._job.convention.policy,
             start=start,
-            stop=min(start + size, self._stop),
+            stop=stop,
+            boxes=self._source.has_boxes,
         )
         return {"batch": pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)}
 
 
 class _Network:
-    """Stage two: batches -> rows, with their places and what the description needs."""
+    """Stage two: batches -> rows, with their first place and what the description needs."""
 
     def __init__(self, network: Any, images: Any, job: _Job, threads: int) -> None:
         import ray
@@ -223,23 +231,17 @@ class _Network:
         if device.type == "cpu":
             torch.set_num_threads(threads)
         model = ray.get(network).to(device)
-        self._extractor = Extractor(model, job.convention, device, job.config.amp)
-        self._source: ImageSource = ray.get(images)
-        self._labels = job.labels
+        self._extractor = local.extractor(model, job.convention, device, job.config)
+        self._naming = Naming(ray.get(images), model.classes, job.labels, job.convention.rule)
 
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
         import pyarrow as pa
 
         batch = pickle.loads(rows["batch"][0])  # written by _Read, in this cluster
-        made, size = batch_rows(self._extractor, self._source, batch, self._labels)
-        order = sorted(made)
-        table = to_table([made[index] for index in order])
-        name = device_name(self._extractor.device)
-        for column, values in (
-            ("index", pa.array(order, pa.int64())),
-            ("saliency_height", pa.array([size[0]] * len(order), pa.int32())),
-            ("saliency_width", pa.array([size[1]] * len(order), pa.int32())),
-            ("device", pa.array([name] * len(order), pa.string())),
+        made = local.measured(self._extractor, self._naming, batch)
+        table = made.table
+        for name, value in zip(
+            _BESIDE, (made.start, *made.saliency_size, made.device), strict=True
         ):
-            table = table.append_column(column, values)
+            table = table.append_column(name, pa.array([value] * len(table)))
         return table

@@ -23,7 +23,14 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "decoder": get_args(DecoderName),
     "engine": get_args(Engine),
 }
-LEAST = {"input_size": 1, "batch_size": 1, "workers": 0, "limit": 1}
+LEAST = {
+    "input_size": 1,
+    "batch_size": 1,
+    "workers": 0,
+    "limit": 1,
+    "part_images": 1,
+    "part_seconds": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,9 @@ class ExtractConfig:
     connectivity: Literal[4, 8] = 4
     """Neighbours of a pixel."""
 
-    batch_size: int = 64
-    """Images per forward pass."""
+    batch_size: int | None = None
+    """Images per forward pass; else as many as fit into half of the free memory, at most 64 on a
+    CPU and 256 on a GPU. Halved when memory runs out all the same."""
 
     workers: int = 4
     """Threads that decode images beside the network; 0 decodes in between. The boxes do not depend
@@ -67,12 +75,29 @@ class ExtractConfig:
     amp: Precision = "off"
     """Mixed precision of the network's forward pass; everything after it is float32 or better."""
 
+    channels_last: bool = False
+    """Images with their channels last in memory: faster with amp on a GPU, the same boxes but for
+    rounding."""
+
+    compile: bool = False
+    """Compile the network: minutes at first, then faster; the same boxes but for rounding."""
+
     limit: int | None = None
     """Only the first so many images; else all."""
 
     shard: str | None = None
-    """"2/4" takes the second of four equal parts and writes it beside OUTPUT, as
-    boxes.2-of-4.parquet; all four together are read under the name of OUTPUT."""
+    """"2/4" takes the second of four equal parts. In a folder, runs with other parts may write at
+    the same time; a file gets a name of its own, boxes.2-of-4.parquet, and all four together are
+    read under the name of OUTPUT."""
+
+    strict: bool = False
+    """Stop at the first image that cannot be read; else it becomes a row with its error."""
+
+    part_images: int = 10_000
+    """Rows that are written at once, at most: what a power failure can cost."""
+
+    part_seconds: float = 60.0
+    """Time after which rows are written all the same."""
 
     engine: Engine = "local"
     """local: this process. ray: a Ray cluster (extra dist), the one that RAY_ADDRESS names or that
@@ -94,7 +119,7 @@ class ExtractConfig:
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if not self.alpha >= 0:
             raise ValueError(f"alpha: expected a number >= 0, got {self.alpha}")

@@ -43,7 +43,8 @@ def export(
     Images that could not be read, and images without a box, have no result.
 
     Args:
-        boxes: A Parquet file from ``casm_fast.extract``, its table, or the extraction itself.
+        boxes: A Parquet file or folder from ``casm_fast.extract``, its table, or the extraction
+            itself.
         output: The results file. Unless the images are COCO's, the annotation file that it refers
             to gets the same name with ``.instances.json``.
         to: "coco".

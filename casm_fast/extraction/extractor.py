@@ -2,12 +2,14 @@
 
 Boxes are computed at the saliency map's own resolution, where thresholds and components are
 identical to those of the enlarged map, and scaled to the network's pixels by integer arithmetic
-(exact: x4 for 56 x 56 cells of a 224 x 224 image). Everything that the host needs crosses in one
-copy per batch.
+(exact: x4 for 56 x 56 cells of a 224 x 224 image). Everything that the host needs of a batch is one
+table of numbers: on a GPU `Extractor.launch` orders all work and the copy of that table, and
+returns; who asks for the numbers later waits for no more than is left.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from casm_fast.data import localization
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import normalize
 from casm_fast.extraction.config import Precision
+from casm_fast.models.memory import in_parts, is_out_of_memory
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.models.statistics import Cells, inside, measure
 
@@ -61,6 +64,57 @@ class Measurements:
 
 
 @dataclass(frozen=True)
+class Launched:
+    """A batch on its way: all work on it is ordered, its numbers arrive.
+
+    Attributes:
+        numbers: Host memory: the table ``[B, 10 + k]`` (box in cells, area, top k, score, mean, TV,
+            entropies) and the saliency inside of every true box, float64.
+        arrived: What to wait for; None where the numbers are there.
+        images: B.
+        truth: ``[n, 4]`` true boxes.
+        owners: ``[n]`` the image of each.
+        rows: Pixel rows of the cells of the saliency map.
+        columns: Pixel columns of the cells.
+    """
+
+    numbers: Tensor
+    arrived: torch.cuda.Event | None
+    images: int
+    truth: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    rows: Cells
+    columns: Cells
+
+    def measurements(self) -> Measurements:
+        """The numbers as what they mean; waits for their arrival."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        host = self.numbers.numpy()
+        held = host[len(host) - len(self.truth) :]
+        table = host[: len(host) - len(self.truth)].reshape(self.images, -1)
+        cells, area = table[:, :4].astype(np.int64), table[:, 4]
+        score, mean, tv, entropy, entropy_full = table[:, -5:].T
+        pixels = self.rows.pixels * self.columns.pixels
+        height, width = len(self.rows.edges) - 1, len(self.columns.edges) - 1
+        down, across = self.rows.edges.numpy(), self.columns.edges.numpy()
+        f1 = localization.f1(held, (mean * pixels)[self.owners], localization.area(self.truth))
+        return Measurements(
+            boxes=np.stack([(across, down)[axis % 2][cells[:, axis]] for axis in range(4)], axis=1),
+            area=np.rint(area * pixels / (height * width)).astype(np.int64),
+            top=table[:, 5:-5].astype(np.int64),
+            score=score,
+            mean=mean,
+            tv=tv,
+            entropy=entropy,
+            entropy_full=entropy_full,
+            f1=localization.best(f1, self.owners, self.images),
+            f1_mean=localization.mean(f1, self.owners, self.images),
+            saliency_size=(height, width),
+        )
+
+
+@dataclass
 class Extractor:
     """Maps images and their true boxes to :class:`Measurements`.
 
@@ -69,28 +123,46 @@ class Extractor:
         convention: Geometry and box rule.
         device: Where the network runs.
         amp: Mixed precision of the network.
+        channels_last: Whether images lie with their channels last.
+        static: Images of a pass of a compiled network, smaller ones being filled up; None: as they
+            come.
+        at_once: Images of a pass; halves when memory runs out. None: a whole batch.
     """
 
     model: SaliencyModel
     convention: Convention
     device: torch.device
     amp: Precision = "off"
+    channels_last: bool = False
+    static: int | None = None
+    at_once: int | None = None
 
     def __call__(self, images: Tensor, truth: list[NDArray[np.int32]]) -> Measurements:
-        """Find the boxes of a batch.
+        """Find the boxes of a batch, and wait for them.
 
         Args:
             images: ``[B, 3, S, S]`` or ``[B, S, S, 3]`` uint8, B >= 1.
             truth: B lists ``[k_i, 4]`` of true boxes in network pixels, not clipped.
-
-        Returns:
-            The measurements, after the only synchronisation of the batch.
         """
-        flat, owners = localization.pair(truth)
+        return self.launch(images, *localization.pair(truth)).measurements()
+
+    def launch(
+        self, images: Tensor, truth: NDArray[np.integer], owners: NDArray[np.int64]
+    ) -> Launched:
+        """Order all work on a batch; on a GPU nothing is waited for.
+
+        Args:
+            images: ``[B, 3, S, S]`` or ``[B, S, S, 3]`` uint8, B >= 1; pinned for a GPU.
+            truth: ``[n, 4]`` true boxes in network pixels, not clipped.
+            owners: ``[n]`` the image of each, from `casm_fast.data.localization.pair`.
+        """
+        cuda = self.device.type == "cuda"
+        known = torch.from_numpy(np.column_stack([truth, owners]).astype(np.int64))
         with torch.inference_mode():
+            known = (known.pin_memory() if cuda else known).to(self.device, non_blocking=True)
             saliency, logits = self.forward(images)
-            size = int(images.shape[-2])
-            rows, columns = Cells.of(saliency.shape[2], size), Cells.of(saliency.shape[3], size)
+            shape = (int(saliency.shape[2]), int(saliency.shape[3]), int(images.shape[-2]))
+            rows, columns = _cells(*shape, self.device)
             boxes, area = ops.mask_boxes(
                 saliency,
                 rule=self.convention.rule,
@@ -103,38 +175,21 @@ class Extractor:
             table = torch.cat(
                 [boxes, area[:, None], top, likely[:, :1], measure(saliency, rows, columns)], dim=1
             ).double()
-            held = inside(saliency, torch.from_numpy(flat), torch.from_numpy(owners), rows, columns)
-            host = torch.cat([table.flatten(), held]).cpu().numpy()
-        height, width = int(saliency.shape[2]), int(saliency.shape[3])
-        table_host = host[: table.numel()].reshape(table.shape)
-        k = int(top.shape[1])
-        cells, area_cells = table_host[:, :4].astype(np.int64), table_host[:, 4]
-        score, mean, tv, entropy, entropy_full = table_host[:, 5 + k :].T
-        f1 = localization.f1(
-            host[table.numel() :], (mean * size * size)[owners], localization.area(flat)
-        )
-        return Measurements(
-            boxes=np.stack(
-                [
-                    (columns if axis % 2 == 0 else rows).edges.numpy()[cells[:, axis]]
-                    for axis in range(4)
-                ],
-                axis=1,
-            ),
-            area=np.rint(area_cells * size * size / (height * width)).astype(np.int64),
-            top=table_host[:, 5 : 5 + k].astype(np.int64),
-            score=score,
-            mean=mean,
-            tv=tv,
-            entropy=entropy,
-            entropy_full=entropy_full,
-            f1=localization.best(f1, owners, len(images)),
-            f1_mean=localization.mean(f1, owners, len(images)),
-            saliency_size=(height, width),
+            held = inside(saliency, known[:, :4], known[:, 4], rows, columns)
+            numbers = torch.cat([table.flatten(), held])
+            arrived = None
+            if cuda:
+                host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+                numbers = host.copy_(numbers, non_blocking=True)
+                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                arrived.record(torch.cuda.current_stream(self.device))
+            rows, columns = _cells(*shape, torch.device("cpu"))
+        return Launched(
+            numbers.cpu(), arrived, len(images), truth.astype(np.int64), owners, rows, columns
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Saliency maps and logits of uint8 images.
+        """Saliency maps and logits of uint8 images, half as many at once when memory runs out.
 
         Args:
             images: ``[B, 3, S, S]`` or ``[B, S, S, 3]`` uint8.
@@ -142,13 +197,42 @@ class Extractor:
         Returns:
             Saliency ``[B, 1, h, w]`` and logits ``[B, K]``, both float32.
         """
-        batch = normalize(
-            images.to(self.device, non_blocking=True), self.model.mean, self.model.std
-        )
+        count = len(images)
+        there = images.to(self.device, non_blocking=True)
+        wished = min(self.at_once or count, count)
+
+        def work(part: slice) -> tuple[Tensor, Tensor]:
+            try:
+                return self._network(there[part])
+            except (RuntimeError, MemoryError) as error:
+                if self.static is not None and is_out_of_memory(error):
+                    self.static = (self.static + 1) // 2
+                raise
+
+        made, sizes = zip(*in_parts(count, wished, work, self.device), strict=True)
+        if min(sizes) < wished:
+            self.at_once = min(sizes)
+        saliency, logits = zip(*made, strict=True)
+        return torch.cat(saliency), torch.cat(logits)
+
+    def _network(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        batch = normalize(images, self.model.mean, self.model.std)
+        if self.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        count = len(batch)
+        if self.static is not None and count < self.static:
+            batch = torch.cat([batch, batch.new_zeros(self.static - count, *batch.shape[1:])])
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=dtype, enabled=self.amp != "off"):
             saliency, logits = self.model(batch)
-        return saliency.float(), logits.float()
+        return saliency[:count].float(), logits[:count].float()
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def _cells(height: int, width: int, size: int, device: torch.device) -> tuple[Cells, Cells]:
+    """Rows and columns of a saliency map ``[height, width]`` for images of ``size`` pixels."""
+    return Cells.of(height, size).to(device), Cells.of(width, size).to(device)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,28 +1,36 @@
-"""Boxes and saliency statistics of a whole set of images, as a table."""
+"""Boxes and saliency statistics of a whole set of images, as a table.
+
+An extraction is rows from an engine (`local`, `cluster`) into parts of a folder (`writer`). A
+single file is the same: its parts lie in a hidden folder beside it until they are merged.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import logging
 import platform
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import casm_fast
-from casm_fast.data import predictions
+from casm_fast.data import parts, predictions
 from casm_fast.data.decoders import describe_decoder
-from casm_fast.data.loading import evaluation_batches
+from casm_fast.data.decoding import DecodeError
 from casm_fast.data.predictions import Convention, Description
+from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
+from casm_fast.extraction import local
 from casm_fast.extraction.config import ExtractConfig
-from casm_fast.extraction.extractor import Extractor, device_name
-from casm_fast.extraction.rows import Row, batch_rows, label_numbers, to_table
+from casm_fast.extraction.writer import Rows, Writer, writing
 from casm_fast.models import checkpoint
 from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel
@@ -32,24 +40,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SAMPLED_IDS = 10_000
+"""Ids, evenly spaced, by which a source is recognised: one file more or less moves most of them."""
+
 
 @dataclass(frozen=True)
 class Extraction:
     """What :func:`extract` made.
 
     Attributes:
-        table: One row per image, in the order of the source.
-        path: The Parquet file, if one was asked for.
+        path: The Parquet file or folder, if one was asked for.
         images: Number of rows.
+        made: Rows that this run made; an interrupted one before it may have made the others.
         errors: Rows of images that could not be read.
-        seconds: Wall time.
+        seconds: Wall time of this run.
     """
 
-    table: pa.Table
     path: Path | None
     images: int
+    made: int
     errors: int
     seconds: float
+    _read: Callable[[], pa.Table] = field(repr=False)
+
+    @functools.cached_property
+    def table(self) -> pa.Table:
+        """One row per image, in the order of the source; read when first asked for."""
+        return self._read()
 
     @property
     def description(self) -> Description:
@@ -59,9 +76,11 @@ class Extraction:
     def __str__(self) -> str:
         where = f" -> {self.path}" if self.path else ""
         failed = f", {self.errors:,} unreadable" if self.errors else ""
+        before = self.images - self.made
+        resumed = f", {before:,} of them from before" if before else ""
         return (
-            f"{self.images:,} images{failed} in {self.seconds:.1f} s "
-            f"({self.images / max(self.seconds, 1e-9):,.0f} images/s){where}"
+            f"{self.images:,} images{resumed}{failed} in {self.seconds:.1f} s "
+            f"({self.made / max(self.seconds, 1e-9):,.0f} images/s){where}"
         )
 
 
@@ -75,14 +94,16 @@ def extract(
     """Find one box per image, and measure its saliency map.
 
     An image that cannot be read becomes a row with its error; it stops nothing. The model is left
-    as it was found.
+    as it was found. Rows are written as they come: after any interruption the same call goes on
+    where it stopped, and no image is lost or counted twice.
 
     Args:
         model: A model, its checkpoint, or the folder of a training run.
         source: Images: ``"imagenet-val:DIR"``, ``"folder:DIR"``, ``"synthetic"``, a path, or an
             open source.
-        output: Parquet file to write; it appears only when it is complete. With ``shard`` its name
-            gets the number of the part.
+        output: A folder, which fills with Parquet files as rows come; or a Parquet file (a name
+            that ends with .parquet), which appears when it is complete and whose rows lie in a
+            hidden folder beside it until then. With ``shard`` the file gets the number of the part.
         config: Options; the conventions of the CASM paper when not given.
         **overrides: Fields of :class:`ExtractConfig` by name.
 
@@ -92,7 +113,11 @@ def extract(
     Raises:
         FileNotFoundError: If the checkpoint or the images are not there.
         ImportError: If the engine or the decoder asked for is not installed.
-        ValueError: If an option is out of range, or the source is empty.
+        KeyboardInterrupt: On Ctrl-C, with all rows written that were made.
+        OSError: If the rows cannot be written, such as on a full disk.
+        SystemExit: On SIGTERM, with status 143 and all rows written.
+        ValueError: If an option is out of range, the source is empty, the output belongs to another
+            extraction or to one that is running, or with ``strict`` if an image cannot be read.
     """
     config = dataclasses.replace(config or ExtractConfig(), **overrides)
     started = time.perf_counter()
@@ -115,82 +140,188 @@ def extract(
     )
     home = next(model.parameters()).device
     device = home if here == "auto" else choose_device(here)
-    with _borrowed(model, device):
+    path = folder = None
+    if output is not None and parts.is_folder(output):
+        path = folder = Path(output)
+    elif output is not None:
+        path = predictions.part_path(Path(output), *config.part)
+        folder = parts.working_folder(path)
+    total = min(len(images), config.limit or len(images))
+    weights = checkpoint.fingerprint(model)
+
+    with ExitStack() as stack:
+        stack.enter_context(_borrowed(model, device, config.channels_last))
+        fitting = config.batch_size or local.batch_size(model, convention.size, device, total)
+        notes, stop = {"batch_size": fitting}, StopRequest()
+        if folder is not None:
+            settings = _settings(images, total, weights, convention, config)
+            if folder != path:
+                stack.callback(_remove_if_empty, folder)
+            notes = stack.enter_context(parts.claimed(folder, span, settings, notes))
+            stop = stack.enter_context(stop_requests())
+        if config.batch_size is None:
+            config = dataclasses.replace(config, batch_size=notes["batch_size"])
+
+        def describe(size: tuple[int, int], place: str, seconds: float) -> Description:
+            return Description(
+                source=images.name,
+                convention=convention,
+                saliency_size=size,
+                classes=tuple(model.classes),
+                checkpoint=None if file is None else str(file),
+                model=weights,
+                config=dataclasses.asdict(config),
+                device=place,
+                seconds=seconds,
+                versions=_versions(config),
+            )
+
+        missing, errors = _missing(folder, span, config.strict)
+        writer = Writer(folder, describe, config.part_images, config.part_seconds)
         if config.engine == "ray":
             from casm_fast.extraction import cluster
 
-            table, saliency_size, place = cluster.run(model, convention, images, span, config)
+            engine = cluster.rows(model, convention, images, missing, config)
         else:
-            extractor = Extractor(model, convention, device, config.amp)
-            table, saliency_size = _run(extractor, images, span, config)
-            place = device_name(device)
+            made = local.extractor(model, convention, device, config)
+            engine = local.rows(made, images, missing, config)
+        errors += _run(engine, writer, len(span), missing, stop, config)
+        if stop.signal is not None:
+            done = len(span) - sum(map(len, missing)) + writer.written
+            message = f"{done:,} of {len(span):,} images are done; the same command goes on there"
+            logger.warning("stopped: %s", message)
+            obey(stop.signal, message)
+        if folder is None or path is None:
+            read = functools.partial(_itself, writer.take())
+        elif folder == path:
+            read = functools.partial(_table, predictions.read_places, folder, span)
+        else:
+            with writing(path):
+                predictions.merge(folder, span, path)
+            shutil.rmtree(folder)
+            read = functools.partial(_table, predictions.read, path)
 
-    seconds = time.perf_counter() - started
-    description = Description(
-        source=images.name,
-        convention=convention,
-        saliency_size=saliency_size,
-        classes=tuple(model.classes),
-        checkpoint=None if file is None else str(file),
-        model=checkpoint.fingerprint(model),
-        config=dataclasses.asdict(config),
-        device=place,
-        seconds=seconds,
-        versions=_versions(config),
-    )
-    table = predictions.describe(table, description)
-    path = None
-    if output is not None:
-        path = predictions.write(table, predictions.part_path(Path(output), *config.part))
-    errors = len(table) - int(table["error"].null_count)
     if errors:
-        logger.warning("%d of %d images could not be read; their rows say why", errors, len(table))
-    return Extraction(table, path, len(table), errors, seconds)
+        logger.warning("%d of %d images could not be read; their rows say why", errors, len(span))
+    seconds = time.perf_counter() - started
+    return Extraction(path, len(span), sum(map(len, missing)), errors, seconds, read)
+
+
+def _itself(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _table(read: Callable[..., tuple[pa.Table, Description]], *arguments: Any) -> pa.Table:
+    return read(*arguments)[0]
 
 
 def _run(
-    extractor: Extractor, source: ImageSource, span: range, config: ExtractConfig
-) -> tuple[pa.Table, tuple[int, int]]:
-    """The rows of a part of the source, and the size of the saliency maps."""
+    engine: Generator[Rows, None, None],
+    writer: Writer,
+    total: int,
+    missing: list[range],
+    stop: StopRequest,
+    config: ExtractConfig,
+) -> int:
+    """Write what the engine makes, until it ends or somebody asks to stop; the errors in it."""
     from tqdm import tqdm
 
-    labels = label_numbers(source.classes, extractor.model.classes)
-    rows: dict[int, Row] = {}
-    saliency_size = (0, 0)
-    failed = 0
-    with tqdm(
-        total=len(span), unit="img", desc="extract", disable=None if config.progress else True
-    ) as bar:
-        for batch in evaluation_batches(
-            source,
-            size=extractor.convention.size,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            policy=extractor.convention.policy,
-            start=span.start,
-            stop=span.stop,
-            pin_memory=extractor.device.type == "cuda",
-        ):
-            made, size = batch_rows(extractor, source, batch, labels)
-            rows.update(made)
-            saliency_size = max(saliency_size, size)
-            failed += len(batch.errors)
-            if failed:
-                bar.set_postfix(errors=failed, refresh=False)
-            bar.update(len(made))
-    return to_table([rows[index] for index in span]), saliency_size
+    errors = 0
+    with (
+        closing(engine),
+        tqdm(
+            total=total,
+            initial=total - sum(map(len, missing)),
+            unit="img",
+            desc="extract",
+            disable=None if config.progress else True,
+        ) as bar,
+    ):
+        try:
+            for rows in engine:
+                if rows.errors and config.strict:
+                    raise _strict_error(next(filter(None, rows.table["error"].to_pylist())))
+                writer.add(rows)
+                errors += rows.errors
+                if errors:
+                    bar.set_postfix(errors=errors, refresh=False)
+                bar.update(len(rows.table))
+                if stop.signal is not None:
+                    break
+        finally:
+            writer.flush()
+    return errors
+
+
+def _missing(folder: Path | None, span: range, strict: bool) -> tuple[list[range], int]:
+    """The places without a row, and the number of errors in those that have one."""
+    if folder is None:
+        return [span], 0
+    found = []
+    for part in parts.listed(folder):
+        if part.stop > span.start and part.start < span.stop and not predictions.is_whole(part):
+            logger.warning("%s is damaged, and made again", part.path)
+            part.path.unlink()
+        else:
+            found.append(part)
+    errors = predictions.errors_of(folder, span)
+    if errors and strict:
+        raise _strict_error(errors[0][1])
+    return parts.gaps(found, span), len(errors)
+
+
+def _strict_error(error: str) -> DecodeError:
+    return DecodeError(f"{error} (strict stops at the first; without it, a row says so)")
+
+
+def _settings(
+    images: ImageSource,
+    total: int,
+    weights: str,
+    convention: Convention,
+    config: ExtractConfig,
+) -> dict[str, Any]:
+    """What every row depends on; rounding aside, nothing else does."""
+    step = -(-total // SAMPLED_IDS)
+    ids = hashlib.sha256()
+    for index in range(0, total, step):
+        ids.update(images.image_id(index).encode() + b"\0")
+    return {
+        "source": images.name,
+        "images": total,
+        "ids": ids.hexdigest()[:16],
+        "model": weights[:16],
+        **dataclasses.asdict(convention),
+        "amp": config.amp,
+    }
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Removes the working folder of a file when no part of it was written."""
+    if folder.is_dir() and not parts.listed(folder):
+        shutil.rmtree(folder)
 
 
 @contextmanager
-def _borrowed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """The model in eval mode on ``device``; afterwards as it was."""
-    home = next(model.parameters()).device
+def _borrowed(model: torch.nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
+    """The model in eval mode on ``device``; afterwards it has its own tensors and modes again."""
     training = [module for module in model.modules() if module.training]
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
     try:
         model.eval().to(device)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
         yield
     finally:
-        model.to(home)
+        for parameter, own in weights:
+            parameter.data = own
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
         for module in training:
             module.training = True
 

@@ -1,27 +1,30 @@
-"""From measurements to rows of the table: labels, names, true boxes, and original pixels."""
+"""From measurements to rows of the table: labels, names, true boxes, and original pixels.
+
+Rows are made by the batch, column by column: a Python loop runs over nothing but ids and labels.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from casm_fast.data import predictions
-from casm_fast.data.geometry import Geometry
+from casm_fast.data import localization, predictions
+from casm_fast.data.geometry import Geometry, to_network, to_original
 from casm_fast.data.loading import ImageBatch
 from casm_fast.data.source import ImageSource
-from casm_fast.extraction.extractor import Extractor, Measurements
+from casm_fast.extraction.extractor import Measurements
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+NOT_FINITE = "the model's output is not finite"
 
 _CORNERS = ("x0", "y0", "x1", "y1")
 
@@ -31,9 +34,8 @@ def label_numbers(source: Sequence[str], model: Sequence[str]) -> dict[int, int]
 
     A folder with some of the classes numbers them from zero, unlike the model that was trained on
     all of them: names, not numbers, say which is which. Two sets of names without one in common
-        (the
-    WordNet ids of a tree, the words of a model) can only agree by number, and do so when they are
-    equally many.
+    (the WordNet ids of a tree, the words of a model) can only agree by number, and do so when they
+    are equally many.
 
     Args:
         source: Class names of the images, by label.
@@ -59,151 +61,150 @@ def label_numbers(source: Sequence[str], model: Sequence[str]) -> dict[int, int]
     return mapping
 
 
-def batch_rows(
-    extractor: Extractor, source: ImageSource, batch: ImageBatch, labels: dict[int, int] | None
-) -> tuple[dict[int, Row], tuple[int, int]]:
-    """Rows of a batch by their place in the source, and the size of the saliency maps.
+@dataclass(frozen=True)
+class Truth:
+    """The true boxes of the images of a batch, as one list.
 
-    Args:
-        extractor: Measures the images.
-        source: Where they come from.
-        batch: Images and errors.
-        labels: From :func:`label_numbers`.
-
-    Returns:
-        The rows; and ``(h, w)``, (0, 0) when no image could be read.
+    Attributes:
+        original: ``[n, 4]`` int32, in pixels of the images.
+        network: ``[n, 4]`` int32, in network pixels, not clipped.
+        owners: ``[n]`` the image of each, in order.
     """
-    rows = {index: error_row(source, index, error, labels) for index, error in batch.errors}
-    if not batch.indices:
-        return rows, (0, 0)
-    truth, net_truth = _true_boxes(source, batch)
-    measurements = extractor(batch.images, net_truth)
-    made = measured_rows(
-        measurements,
-        source,
-        batch.indices,
-        batch.geometries,
-        truth,
-        net_truth,
-        classes=extractor.model.classes,
-        labels=labels,
-        rule=extractor.convention.rule,
-    )
-    rows.update(zip(batch.indices, made, strict=True))
-    return rows, measurements.saliency_size
+
+    original: NDArray[np.int32]
+    network: NDArray[np.int32]
+    owners: NDArray[np.int64]
 
 
-def _true_boxes(
-    source: ImageSource, batch: ImageBatch
-) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
-    """The true boxes of a batch in original and in network pixels."""
-    if not source.has_boxes:
-        none = [np.zeros((0, 4), np.int32)] * len(batch.indices)
-        return none, none
-    truth = [source.boxes(index) for index in batch.indices]
-    moved = [
-        geometry.to_network(boxes) for geometry, boxes in zip(batch.geometries, truth, strict=True)
-    ]
-    return truth, moved
+def true_boxes(batch: ImageBatch) -> Truth:
+    """The true boxes of a batch; none when it was read without."""
+    flat, owners = localization.pair(batch.truth)
+    original = np.asarray(flat, np.int32)
+    owned = [batch.geometries[owner] for owner in owners]
+    return Truth(original, to_network(owned, original), owners)
 
 
-def measured_rows(
-    measurements: Measurements,
-    source: ImageSource,
-    indices: Sequence[int],
-    geometries: Sequence[Geometry],
-    truth: Sequence[NDArray[np.int32]],
-    net_truth: Sequence[NDArray[np.int32]],
-    *,
-    classes: Sequence[str],
-    labels: dict[int, int] | None,
-    rule: str,
-) -> list[Row]:
-    """One row per image of a batch.
+@dataclass(frozen=True)
+class Naming:
+    """What rows say about images beside what was measured.
 
-    Args:
-        measurements: Of B images.
+    Attributes:
         source: Where the images come from.
-        indices: B positions in the source.
-        geometries: B ways from original to network pixels.
-        truth: B lists of true boxes in original pixels.
-        net_truth: The same in network pixels.
         classes: The model's class names.
         labels: From :func:`label_numbers`.
         rule: Threshold rule.
-
-    Returns:
-        B rows.
     """
-    rows = []
-    for i, index in enumerate(indices):
-        if not math.isfinite(measurements.mean[i]) or not math.isfinite(measurements.score[i]):
-            rows.append(error_row(source, index, "the model's output is not finite", labels))
-            continue
-        geometry, box = geometries[i], measurements.boxes[i]
-        top = measurements.top[i].tolist()
-        kept = box[2] > box[0]
-        original = geometry.to_original(box[None])[0] if kept else box
-        rows.append(
-            {
-                "image_id": source.image_id(index),
-                "height": geometry.height,
-                "width": geometry.width,
-                "label": _label(source, index, labels),
-                "predicted": top[0],
-                "predicted_name": classes[top[0]] if top[0] < len(classes) else "",
-                "score": measurements.score[i],
-                "top5": top,
-                **{name: int(c) for name, c in zip(_CORNERS, original, strict=True)},
-                **{f"net_{name}": int(c) for name, c in zip(_CORNERS, box, strict=True)},
-                "area": int(measurements.area[i]),
-                "rule": rule,
-                "mean_saliency": measurements.mean[i],
-                "tv": measurements.tv[i],
-                "entropy": measurements.entropy[i],
-                "entropy_full": measurements.entropy_full[i],
-                "gt_boxes": truth[i].tolist() if source.has_boxes else None,
-                "gt_net_boxes": net_truth[i].tolist() if source.has_boxes else None,
-                "f1": _number(measurements.f1[i]),
-                "f1_mean": _number(measurements.f1_mean[i]),
-                "error": None,
-            }
-        )
-    return rows
+
+    source: ImageSource
+    classes: Sequence[str]
+    labels: dict[int, int] | None
+    rule: str
+
+    def label(self, index: int) -> int:
+        """The label of an image, in the model's numbering."""
+        label = int(self.source.label(index))
+        return label if self.labels is None else self.labels.get(label, -1)
 
 
-def error_row(
-    source: ImageSource, index: int, error: str, labels: dict[int, int] | None = None
-) -> Row:
-    """The row of an image that could not be read.
+def batch_table(
+    naming: Naming, batch: ImageBatch, measurements: Measurements | None, truth: Truth
+) -> pa.Table:
+    """The rows of a batch, in the order of the source.
 
     Args:
-        source: Where the image comes from.
-        index: Its position.
-        error: What went wrong, in one sentence.
-        labels: From :func:`label_numbers`.
+        naming: Ids, labels and names.
+        batch: Images and errors.
+        measurements: Of the images; None when none could be read.
+        truth: From :func:`true_boxes`.
 
     Returns:
-        A row with nothing but id, label and error.
+        A table without a description, one row per image and per error.
     """
-    return {
-        "image_id": source.image_id(index),
-        "label": _label(source, index, labels),
-        "error": error,
-    }
-
-
-def to_table(rows: list[Row]) -> pa.Table:
-    """Rows as a table without a description."""
     import pyarrow as pa
 
+    tables, good, errors = [], [], list(batch.errors)
+    if measurements is not None:
+        table = _measured(naming, batch.indices, batch.geometries, measurements, truth)
+        finite = np.isfinite(measurements.mean) & np.isfinite(measurements.score)
+        tables.append(table if finite.all() else table.filter(pa.array(finite)))
+        good = [batch.indices[k] for k in np.flatnonzero(finite)]
+        errors += [(batch.indices[k], NOT_FINITE) for k in np.flatnonzero(~finite)]
+    if not errors:
+        return tables[0]
+    tables.append(_failed(naming, errors))
+    places = good + [index for index, _ in errors]
+    return pa.concat_tables(tables).take(np.argsort(places))
+
+
+def _failed(naming: Naming, errors: Sequence[tuple[int, str]]) -> pa.Table:
+    """Rows of images that could not be read: nothing but id, label and error."""
+    import pyarrow as pa
+
+    rows = [
+        {
+            "image_id": naming.source.image_id(index),
+            "label": naming.label(index),
+            "error": error,
+        }
+        for index, error in errors
+    ]
     return pa.Table.from_pylist(rows, schema=predictions.schema())
 
 
-def _label(source: ImageSource, index: int, labels: dict[int, int] | None) -> int:
-    label = int(source.label(index))
-    return label if labels is None else labels.get(label, -1)
+def _measured(
+    naming: Naming,
+    indices: Sequence[int],
+    geometries: Sequence[Geometry],
+    found: Measurements,
+    truth: Truth,
+) -> pa.Table:
+    import pyarrow as pa
 
+    schema = predictions.schema()
+    count, classes = len(indices), naming.classes
+    best = found.top[:, 0].tolist()
+    original = to_original(geometries, found.boxes)
+    ends = np.searchsorted(truth.owners, np.arange(count + 1)).astype(np.int32)
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+    def boxes(flat: NDArray[np.int32]) -> pa.Array:
+        if not naming.source.has_boxes:
+            return pa.nulls(count, schema.field("gt_boxes").type)
+        corners = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), 4)
+        return pa.ListArray.from_arrays(pa.array(ends), corners)
+
+    def numbers(values: NDArray[np.float64], name: str) -> pa.Array:
+        return pa.array(values.astype(np.float32), schema.field(name).type, from_pandas=True)
+
+    likely = np.arange(count + 1, dtype=np.int32) * found.top.shape[1]
+    columns: dict[str, Any] = {
+        "image_id": [naming.source.image_id(index) for index in indices],
+        "height": [geometry.height for geometry in geometries],
+        "width": [geometry.width for geometry in geometries],
+        "label": [naming.label(index) for index in indices],
+        "predicted": best,
+        "predicted_name": [classes[k] if k < len(classes) else "" for k in best],
+        "score": numbers(found.score, "score"),
+        "top5": pa.ListArray.from_arrays(
+            pa.array(likely), pa.array(found.top.reshape(-1).astype(np.int32))
+        ),
+        **{name: original[:, axis] for axis, name in enumerate(_CORNERS)},
+        **{f"net_{name}": found.boxes[:, axis] for axis, name in enumerate(_CORNERS)},
+        "area": found.area,
+        "rule": [naming.rule] * count,
+        **{
+            name: numbers(values, name)
+            for name, values in (
+                ("mean_saliency", found.mean),
+                ("tv", found.tv),
+                ("entropy", found.entropy),
+                ("entropy_full", found.entropy_full),
+                ("f1", found.f1),
+                ("f1_mean", found.f1_mean),
+            )
+        },
+        "gt_boxes": boxes(truth.original),
+        "gt_net_boxes": boxes(truth.network),
+        "error": pa.nulls(count, pa.string()),
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)

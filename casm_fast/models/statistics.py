@@ -20,16 +20,21 @@ class Cells:
     """Where the cells of one axis of a saliency map begin and end.
 
     Attributes:
-        edges: ``[h + 1]`` int64 on the CPU: cell c covers the pixels ``edges[c]`` to ``edges[c +
-            1]``.
+        edges: ``[h + 1]`` int64: cell c covers the pixels ``edges[c]`` to ``edges[c + 1]``.
+        pixels: Pixels of the axis, the last edge; known without asking a device.
     """
 
     edges: Tensor
+    pixels: int
 
     @staticmethod
     def of(cells: int, pixels: int) -> Cells:
-        """The cells of an axis of ``pixels`` pixels."""
-        return Cells(-(-torch.arange(cells + 1) * pixels // cells))
+        """The cells of an axis of ``pixels`` pixels, on the CPU."""
+        return Cells(-(-torch.arange(cells + 1) * pixels // cells), pixels)
+
+    def to(self, device: torch.device) -> Cells:
+        """The same on a device."""
+        return Cells(self.edges.to(device), self.pixels)
 
     @property
     def sizes(self) -> Tensor:
@@ -73,16 +78,15 @@ def measure(saliency: Tensor, rows: Cells, columns: Cells) -> Tensor:
 
     Args:
         saliency: ``[B, 1, h, w]`` in [0, 1].
-        rows: Pixel rows of the cells.
+        rows: Pixel rows of the cells, on the same device.
         columns: Pixel columns of the cells.
 
     Returns:
         ``[B, 4]`` float64: mean, TV, entropy, full entropy.
     """
     m = saliency[:, 0].double()
-    row_weights = rows.sizes.to(m.device, torch.float64)
-    column_weights = columns.sizes.to(m.device, torch.float64)
-    pixels = float(rows.edges[-1] * columns.edges[-1])
+    row_weights, column_weights = rows.sizes.double(), columns.sizes.double()
+    pixels = float(rows.pixels * columns.pixels)
 
     def mean(values: Tensor) -> Tensor:
         total: Tensor = torch.einsum("bhw,w,h->b", values, column_weights, row_weights)
@@ -101,8 +105,8 @@ def inside(saliency: Tensor, boxes: Tensor, owners: Tensor, rows: Cells, columns
 
     Args:
         saliency: ``[B, 1, h, w]``.
-        boxes: ``[n, 4]`` int64 on the CPU, in pixels of the full resolution.
-        owners: ``[n]`` int64 on the CPU, the image of each box.
+        boxes: ``[n, 4]`` int64 in pixels of the full resolution, on the same device as all else.
+        owners: ``[n]`` int64, the image of each box.
         rows: Pixel rows of the cells.
         columns: Pixel columns of the cells.
 
@@ -111,7 +115,5 @@ def inside(saliency: Tensor, boxes: Tensor, owners: Tensor, rows: Cells, columns
     """
     m = saliency[:, 0].double()
     x0, y0, x1, y1 = boxes.unbind(1)
-    down = rows.overlap(y0, y1).to(m.device, torch.float64, non_blocking=True)
-    across = columns.overlap(x0, x1).to(m.device, torch.float64, non_blocking=True)
-    chosen = m.index_select(0, owners.to(m.device, non_blocking=True))
-    return torch.einsum("nh,nhw,nw->n", down, chosen, across)
+    down, across = rows.overlap(y0, y1).double(), columns.overlap(x0, x1).double()
+    return torch.einsum("nh,nhw,nw->n", down, m.index_select(0, owners), across)

@@ -25,6 +25,7 @@ import torch
 
 from casm_fast.data.decoding import DecodeError
 from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_batches
+from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.data.subset import subset
 from casm_fast.models import checkpoint
@@ -34,7 +35,6 @@ from casm_fast.training.config import TrainConfig
 from casm_fast.training.distributed import World
 from casm_fast.training.engine import Engine
 from casm_fast.training.progress import RunLog
-from casm_fast.training.signals import StopRequest, obey, stop_requests
 from casm_fast.training.validation import validate
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+"""Ctrl-C and SIGTERM as a request that a long run answers between two steps."""
 
 from __future__ import annotations
 
