@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -128,6 +129,10 @@ def claimed(
         ValueError: The folder holds something else, or rows of other settings; or a running
             process fills some of the places.
     """
+    if folder.is_file():
+        raise ValueError(
+            f"output: expected a folder, or a file that ends with .parquet, got the file {folder}"
+        )
     if folder.is_dir() and not (folder / CLAIM).exists():
         strangers = [name for name in os.listdir(folder) if not name.startswith(".")]
         if strangers and not (folder / CLAIM).exists():
@@ -187,7 +192,7 @@ def read_claim(folder: Path) -> dict[str, Any]:
 
 def _write_once(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a file whole, unless another run was quicker."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8") as stream:
             json.dump(content, stream, indent=1)
