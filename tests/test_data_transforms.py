@@ -21,6 +21,7 @@ from casm_fast.data import (
     localisation_error,
     normalize,
     resize,
+    transforms,
 )
 from casm_fast.data.localization import area
 from casm_fast.data.transforms import crop_and_resize
@@ -229,3 +230,19 @@ def test_overlap_refuses():
 def test_centred_box_is_the_authors():
     np.testing.assert_array_equal(centred_box(224), [33, 33, 191, 191])
     assert area(centred_box(224)) / 224**2 == pytest.approx(0.497, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(7, 160), (300, 9), (1, 400), (50, 901)])
+def test_the_middle_of_a_strip_is_that_of_the_whole(shape, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    for size in (5, 32):
+        alone = resize(image, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(transforms, "ELONGATED", 10**9)
+            whole = resize(image, size)
+        assert alone.shape == whole.shape
+        assert np.abs(alone.astype(int) - whole).max() <= 1
+
+
+def test_a_very_long_strip_takes_no_memory_worth_naming():
+    assert (resize(np.full((1, 60_000, 3), 9, np.uint8), 224) == 9).all()

@@ -17,11 +17,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Their standard deviation."""
 
 
+ELONGATED = 16
+"""Longer pictures are not scaled as a whole."""
+
+
 def resize(image: NDArray[np.uint8], size: int, policy: Policy = "crop") -> NDArray[np.uint8]:
     """A picture as a square, bilinear with antialiasing.
 
     "crop" gives the pixels of torchvision's ``Resize(size)`` followed by ``CenterCrop(size)`` on a
-    PIL picture, "squash" those of ``Resize((size, size))``.
+    PIL picture, "squash" those of ``Resize((size, size))``. Of a picture more than `ELONGATED`
+    times as long as wide only the middle is scaled, where a value may differ by 1: all of a strip
+    of 1 x 60,000 pixels would take 9 GB.
 
     Args:
         image: ``[H, W, 3]`` uint8 RGB.
@@ -40,10 +46,28 @@ def resize(image: NDArray[np.uint8], size: int, policy: Policy = "crop") -> NDAr
     if policy == "squash":
         return _scaled(image, size, size)
     short, long = sorted((height, width))
+    if long > ELONGATED * short:
+        return _middle(image, size)
     long = int(size * long / short)
     image = _scaled(image, *((size, long) if height <= width else (long, size)))
     cut = round((long - size) / 2)
     return image[:, cut : cut + size] if height <= width else image[cut : cut + size]
+
+
+def _middle(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The centre crop of a strip, scaled from its own pixels and those beside it alone."""
+    from PIL import Image
+
+    short, long = sorted(image.shape[:2])
+    scaled = int(size * long / short)
+    cut = round((scaled - size) / 2)
+    low, high = cut * long / scaled, (cut + size) * long / scaled
+    first = max(0, int(low) - short)  # room for the support of the filter
+    part = slice(first, int(high) + short + 1)
+    wide = image.shape[1] > image.shape[0]
+    picture = Image.fromarray(np.ascontiguousarray(image[:, part] if wide else image[part]))
+    box = (low - first, 0, high - first, short) if wide else (0, low - first, short, high - first)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def crop_and_resize(
