@@ -8,7 +8,6 @@ exactly, for 1/16 of the work at 56 x 56.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +64,9 @@ def entropy_terms(saliency: Tensor) -> Tensor:
     Returns:
         ``[...]``.
     """
-    nats: Tensor = torch.special.xlogy(saliency, saliency)
-    return nats / -math.log(2)
+    # Below the clamp m itself is the smaller factor; torch's xlogy is several times slower.
+    bits: Tensor = saliency.clamp(min=torch.finfo(saliency.dtype).tiny).log2_()
+    return bits.mul_(saliency).neg_()
 
 
 def measure(saliency: Tensor, rows: Cells, columns: Cells) -> Tensor:
@@ -74,7 +74,8 @@ def measure(saliency: Tensor, rows: Cells, columns: Cells) -> Tensor:
 
     The total variation is the sum of squared differences between neighbouring pixels, the unit of
     the CASM paper; the entropy is the mean of ``-m log2 m`` (one-sided: the unit of the paper's
-    0.05 and 0.21), the full one adds the term of ``1 - m``.
+    0.05 and 0.21), the full one adds the term of ``1 - m``. Terms are of the map's own precision,
+    sums are in float64.
 
     Args:
         saliency: ``[B, 1, h, w]`` in [0, 1].
@@ -92,11 +93,12 @@ def measure(saliency: Tensor, rows: Cells, columns: Cells) -> Tensor:
         total: Tensor = torch.einsum("bhw,w,h->b", values, column_weights, row_weights)
         return total / pixels
 
-    one_sided = entropy_terms(m)
-    variation = (m.diff(dim=1).square() @ column_weights).sum(1)
-    variation = variation + (row_weights @ m.diff(dim=2).square()).sum(1)
+    one_sided, other_side = entropy_terms(saliency[:, 0]), entropy_terms(1 - saliency[:, 0])
+    down = (m[:, 1:] - m[:, :-1]).square_().sum(1) @ column_weights
+    across = (m[:, :, 1:] - m[:, :, :-1]).square_().sum(2) @ row_weights
+    entropy = mean(one_sided.double())
     return torch.stack(
-        [mean(m), variation, mean(one_sided), mean(one_sided + entropy_terms(1 - m))], dim=1
+        [mean(m), down + across, entropy, entropy + mean(other_side.double())], dim=1
     )
 
 

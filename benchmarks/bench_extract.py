@@ -1,0 +1,495 @@
+"""Extraction from JPEG files to rows on the disk: by stage, end to end, and beside two others.
+
+* ours: `casm_fast.extract` into a folder, as it is.
+* an engineer's: what one writes with the usual libraries, and well: a DataLoader with processes,
+  torchvision's transforms, the network by the batch without gradients, OpenCV's components at the
+  map's own resolution, ElementTree, and one Parquet file at the end.
+* the authors': the scoring of Zolna, Geras and Cho's published code, written down from its
+  description: the same DataLoader, then image by image the quantile by sorting all pixels of the
+  enlarged map, `scipy.ndimage.label`, rectangles as arrays, sums over them for IoU and F1, and the
+  annotation read by an HTML parser (Python's own, beneath the tree that theirs builds on it).
+
+All read the same files with as many workers and run the same network on as many threads. Before
+anything is timed, the boxes must be equal: ours and the engineer's by the rule ``mean``; ours on
+the enlarged maps and the authors' by the rule ``area``.
+
+Host work is everything but decoding, resizing and the network.
+
+    python benchmarks/bench_extract.py --memory 50000
+
+watches the resident set, file handles and threads of one extraction of so many small JPEG files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision.transforms as tv
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from casm_fast import ops
+from casm_fast.data import predictions
+from casm_fast.data.decoding import decode_bytes
+from casm_fast.data.loading import evaluation_batches
+from casm_fast.data.predictions import Convention
+from casm_fast.data.source import ImageSource, open_source
+from casm_fast.data.synthetic import generate, write_tree
+from casm_fast.extraction import Extractor, extract
+from casm_fast.extraction.rows import Naming, batch_table, true_boxes
+from casm_fast.models.saliency import SaliencyModel, build_model, full_size
+
+CLASSES = 20
+SIDES, ASPECT = (375, 375), 4 / 3  # pixels, ImageNet's commonest size is 500 x 375
+CASES = [  # network, its side in pixels, files, images of a batch
+    pytest.param("compact", 64, 256, 32, id="compact-64x64"),
+    pytest.param("resnet18", 224, 128, 32, id="resnet18-224x224", marks=pytest.mark.long),
+    pytest.param("resnet50", 224, 64, 16, id="resnet50-224x224", marks=pytest.mark.long),
+]
+ROUNDS = 3
+EPSILON = 1e-6
+
+
+# --- what everybody starts with -------------------------------------------------------------------
+
+
+def model_of(backbone: str, size: int, device: torch.device) -> SaliencyModel:
+    torch.manual_seed(0)
+    model = build_model(backbone, classes=CLASSES, input_size=size)
+    return model.eval().to(device)
+
+
+def tree_of(folder: Path, files: int) -> Path:
+    val = generate(files, size=64, classes=CLASSES, seed=0)
+    return write_tree(folder / "tree", None, val, layout="flat", sides=SIDES, aspect=ASPECT)
+
+
+def synchronized(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Files(torch.utils.data.Dataset[tuple[Tensor, int, int, str]]):
+    """The files of a tree for a DataLoader: pixels, size, and the annotation's path."""
+
+    def __init__(self, tree: Path, model: SaliencyModel) -> None:
+        self.files = sorted((tree / "val").iterdir())
+        self.notes = tree / "Annotations/CLS-LOC/val"
+        self.transform = tv.Compose(
+            [
+                tv.Resize(model.input_size),
+                tv.CenterCrop(model.input_size),
+                tv.ToTensor(),
+                tv.Normalize(model.mean, model.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int, str]:
+        file = self.files[index]
+        with Image.open(file) as image:
+            picture = image.convert("RGB")
+        note = str(self.notes / f"{file.stem}.xml")
+        return self.transform(picture), picture.height, picture.width, note
+
+
+def moved(boxes: list[list[int]], height: int, width: int, size: int) -> list[list[int]]:
+    """Boxes of the annotation in the network's square, truncated towards zero."""
+    scale = size / min(height, width)
+    cut_x, cut_y = max(0, width * scale - size) / 2, max(0, height * scale - size) / 2
+    cuts = (cut_x, cut_y, cut_x, cut_y)
+    return [[int(c * scale - cut) for c, cut in zip(box, cuts, strict=True)] for box in boxes]
+
+
+# --- the engineer ---------------------------------------------------------------------------------
+
+
+def engineers_boxes(note: str) -> list[list[int]]:
+    root = ElementTree.parse(note).getroot()
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    return [
+        [int(box.findtext(name, "")) for name in corners] for box in root.iterfind("object/bndbox")
+    ]
+
+
+def engineers_box(mask: NDArray[np.float32]) -> tuple[list[int], int]:
+    """Box and pixels of the largest component above the mean, in cells."""
+    kept = (mask >= np.float32(mask.mean(dtype=np.float64))).astype(np.uint8)
+    _, _, found, _ = cv2.connectedComponentsWithStats(kept, connectivity=4)
+    x, y, w, h, area = found[1 + found[1:, cv2.CC_STAT_AREA].argmax()].tolist()
+    return [x, y, x + w, y + h], area
+
+
+def engineers_rows(
+    saliency: Tensor, logits: Tensor, heights: Any, widths: Any, notes: Any, size: int
+) -> list[dict[str, Any]]:
+    score, top = logits.softmax(1).topk(5)
+    masks, score, top = saliency[:, 0].cpu().numpy(), score.cpu().numpy(), top.cpu().numpy()
+    rows = []
+    for k, mask in enumerate(masks):
+        cell = size // len(mask)
+        box, area = engineers_box(mask)
+        box = [c * cell for c in box]
+        truth = moved(engineers_boxes(notes[k]), int(heights[k]), int(widths[k]), size)
+        large = np.repeat(np.repeat(mask, cell, 0), cell, 1)
+        f1 = []
+        for x0, y0, x1, y1 in truth:
+            held = float(large[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)].sum())
+            precision = held / (float(large.sum()) + EPSILON)
+            recall = held / ((x1 - x0) * (y1 - y0))
+            f1.append(2 * precision * recall / (precision + recall + EPSILON))
+        inside = mask[(mask > 0) & (mask < 1)]
+        rows.append(
+            {
+                "image_id": Path(notes[k]).stem,
+                "box": box,
+                "area": area * cell * cell,
+                "truth": truth,
+                "f1": max(f1, default=None),
+                "predicted": int(top[k, 0]),
+                "top5": top[k].tolist(),
+                "score": float(score[k, 0]),
+                "mean": float(mask.mean()),
+                "tv": float(np.square(np.diff(large, axis=0)).sum())
+                + float(np.square(np.diff(large, axis=1)).sum()),
+                "entropy": float(-(inside * np.log2(inside)).sum() / mask.size),
+            }
+        )
+    return rows
+
+
+# --- the authors ----------------------------------------------------------------------------------
+
+
+class Note(HTMLParser):
+    """Corners of all boxes of an annotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tag, self.numbers = "", {"xmin": [], "ymin": [], "xmax": [], "ymax": []}
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tag = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tag in self.numbers:
+            self.numbers[self.tag].append(int(data))
+
+
+def authors_boxes(note: str) -> list[list[int]]:
+    parser = Note()
+    parser.feed(Path(note).read_text())
+    return [list(corners) for corners in zip(*parser.numbers.values(), strict=True)]
+
+
+def authors_box(mask: NDArray[np.float32]) -> list[int]:
+    """Box of the largest component of the quantile that keeps a share of mean(m)."""
+    values = np.sort(mask.ravel())
+    k = 1 + int((len(values) - 1) * (1 - float(mask.mean(dtype=np.float64))) + 0.5)
+    level = np.float32(min(max(float(values[k - 1]), EPSILON), 1 - EPSILON))
+    binary = mask > level
+    labels, _ = ndimage.label(binary)
+    largest = labels == np.bincount(labels.ravel(), weights=binary.ravel()).argmax()
+    if not binary.any():
+        return [0, 0, 0, 0]
+    rows, columns = np.flatnonzero(largest.any(1)), np.flatnonzero(largest.any(0))
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def authors_rows(
+    saliency: Tensor, logits: Tensor, heights: Any, widths: Any, notes: Any, size: int
+) -> list[dict[str, Any]]:
+    masks = full_size(saliency, (size, size))[:, 0].cpu().numpy()
+    best = logits.max(1)[1].cpu().numpy()
+    rectangles = np.zeros_like(masks)
+    boxes = [authors_box(mask) for mask in masks]
+    for rectangle, (x0, y0, x1, y1) in zip(rectangles, boxes, strict=True):
+        rectangle[y0:y1, x0:x1] = 1
+    rows = []
+    for k, (mask, rectangle) in enumerate(zip(masks, rectangles, strict=True)):
+        truth = moved(authors_boxes(notes[k]), int(heights[k]), int(widths[k]), size)
+        iou, f1 = [0.0], [0.0]
+        for x0, y0, x1, y1 in truth:
+            area = (x1 - x0) * (y1 - y0)
+            window = (slice(max(y0, 0), max(y1, 0)), slice(max(x0, 0), max(x1, 0)))
+            shared = float(rectangle[window].sum())
+            iou.append(shared / (float(rectangle.sum()) + area - shared))
+            precision = float(mask[window].sum()) / (float(mask.sum()) + EPSILON)
+            recall = float(mask[window].sum()) / area
+            f1.append(2 * precision * recall / (precision + recall + EPSILON))
+        rows.append({"box": boxes[k], "iou": max(iou), "f1": max(f1), "best": int(best[k])})
+    return rows
+
+
+Rows = Callable[..., list[dict[str, Any]]]
+
+
+def usual(
+    tree: Path, model: SaliencyModel, rows: Rows, output: Path, batch: int, workers: int
+) -> list[dict[str, Any]]:
+    """The DataLoader's way, with the rows of the engineer or of the authors."""
+    device = next(model.parameters()).device
+    loader = torch.utils.data.DataLoader(
+        Files(tree, model), batch, num_workers=workers, pin_memory=device.type == "cuda"
+    )
+    made: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for images, heights, widths, notes in loader:
+            saliency, logits = model(images.to(device, non_blocking=True))
+            made += rows(saliency, logits, heights, widths, notes, model.input_size)
+    pq.write_table(pa.Table.from_pylist(made), output)
+    return made
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def boxes_of(table: pa.Table) -> list[list[int]]:
+    columns = [table[f"net_{name}"].to_pylist() for name in ("x0", "y0", "x1", "y1")]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def check(tree: Path, model: SaliencyModel, source: ImageSource, folder: Path, batch: int) -> None:
+    """Equal boxes, by both rules."""
+    ours = extract(model, source, batch_size=batch, decoder="pillow", progress=False).table
+    theirs = usual(tree, model, engineers_rows, folder / "b.parquet", batch, 0)
+    assert boxes_of(ours) == [row["box"] for row in theirs]
+    np.testing.assert_allclose(
+        ours["f1"].to_numpy(), np.array([row["f1"] for row in theirs], float), atol=1e-5
+    )
+    (images,) = itertools.islice(
+        evaluation_batches(source, size=model.input_size, batch_size=batch), 1
+    )
+    extractor = Extractor(model, convention_of(model), next(model.parameters()).device)
+    with torch.inference_mode():
+        saliency, _ = extractor.forward(images.images)
+        large = full_size(saliency, (model.input_size,) * 2).contiguous()
+        found = ops.mask_boxes(large, rule="area")[0].tolist()
+    assert found == [authors_box(mask) for mask in large[:, 0].cpu().numpy()]
+
+
+def convention_of(model: SaliencyModel) -> Convention:
+    return Convention(model.input_size, "crop", "mean", 1.0, "largest", 4)
+
+
+def stages(
+    model: SaliencyModel, source: ImageSource, folder: Path, batch: int, workers: int
+) -> dict[str, float]:
+    """Seconds per image of every stage of ours, each alone."""
+    device = next(model.parameters()).device
+    extractor = Extractor(model, convention_of(model), device)
+    spent = {}
+
+    start = time.perf_counter()
+    batches = list(
+        evaluation_batches(
+            source, size=model.input_size, batch_size=batch, workers=workers, boxes=True
+        )
+    )
+    spent["read and decode"] = (time.perf_counter() - start) / len(source)
+
+    (first, *_), count = batches, batch
+    start = time.perf_counter()
+    with torch.inference_mode():
+        answers = [extractor.forward(one.images) for one in batches]
+        synchronized(device)
+    spent["network"] = (time.perf_counter() - start) / len(source)
+
+    naming = Naming(source, model.classes, None, "mean")
+    forward = extractor.forward
+    launched, tables = [], []
+    start = time.perf_counter()
+    for one, answer in zip(batches, answers, strict=True):
+        extractor.forward = lambda images, answer=answer: answer  # type: ignore[method-assign]
+        truth = true_boxes(one)
+        launched.append((extractor.launch(one.images, truth.network, truth.owners), truth))
+    synchronized(device)
+    spent["boxes and statistics"] = (time.perf_counter() - start) / len(source)
+    extractor.forward = forward  # type: ignore[method-assign]
+
+    start = time.perf_counter()
+    for one, (numbers, truth) in zip(batches, launched, strict=True):
+        tables.append(batch_table(naming, one, numbers.measurements(), truth))
+    spent["rows"] = (time.perf_counter() - start) / len(source)
+
+    table = pa.concat_tables(tables)
+    table = pa.concat_tables([table] * (10_000 // len(table)))  # a part of the default size
+    start = time.perf_counter()
+    predictions.write(table, folder / "part.parquet")
+    spent["write"] = (time.perf_counter() - start) / len(table)
+
+    note = str(next(iter(sorted(source.annotations.iterdir()))))  # type: ignore[attr-defined]
+    start = time.perf_counter()
+    for _ in range(count):
+        source.boxes(0)
+    spent["annotation, a reader's"] = (time.perf_counter() - start) / count
+    for name, rows in (("engineer", engineers_rows), ("authors", authors_rows)):
+        saliency, logits = answers[0]
+        sizes = [g.height for g in first.geometries], [g.width for g in first.geometries]
+        start = time.perf_counter()
+        rows(saliency, logits, *sizes, [note] * batch, model.input_size)
+        spent[f"host work, {name}"] = (time.perf_counter() - start) / batch
+    return spent
+
+
+HOST = ("boxes and statistics", "rows", "write")
+
+
+@pytest.mark.parametrize(("backbone", "size", "files", "batch"), CASES)
+def test_extraction(
+    backbone: str,
+    size: int,
+    files: int,
+    batch: int,
+    benchmark: Any,
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    workers = max(1, (os.cpu_count() or 2) - torch.get_num_threads())
+    model = model_of(backbone, size, device)
+    tree = tree_of(tmp_path, files)
+    source = open_source(f"imagenet-val:{tree}")
+    check(tree, model, source, tmp_path, batch)
+    number = itertools.count()
+
+    def ours() -> None:
+        extract(
+            model, source, tmp_path / f"out{next(number)}",
+            batch_size=batch, workers=workers, progress=False,
+        )  # fmt: skip
+
+    field = {
+        "ours": ours,
+        "engineer": lambda: usual(
+            tree, model, engineers_rows, tmp_path / "b.parquet", batch, workers
+        ),
+        "authors": lambda: usual(tree, model, authors_rows, tmp_path / "a.parquet", batch, workers),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in field}
+    parts: list[dict[str, float]] = []
+    for _ in range(ROUNDS):
+        for name, call in field.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append((time.perf_counter() - start) / files)
+        parts.append(stages(model, source, tmp_path, batch, workers))
+    spent = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
+    end = {name: statistics.median(times) for name, times in taken.items()}
+    host = sum(spent[name] for name in HOST)
+    slower = max(("read and decode", "network"), key=spent.__getitem__)
+    result = {
+        "extraction": backbone,
+        "case": f"{backbone}, {size}x{size}, {files} files, batch {batch}",
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "workers": workers,
+        "milliseconds_per_image": {name: value * 1e3 for name, value in spent.items()},
+        "images_per_second": {name: 1 / value for name, value in end.items()},
+        "limiting_stage": slower,
+        "host_share_of_network": host / spent["network"],
+        "share_of_slower_stage": spent[slower] / end["ours"],
+        "times_engineer": end["engineer"] / end["ours"],
+        "times_authors": end["authors"] / end["ours"],
+        # Annotations are read by our readers, so that their time is host work of ours, too.
+        "host_times_less_than_authors": spent["host work, authors"]
+        / (host + spent["annotation, a reader's"]),
+    }
+    benchmark.group = "extraction"
+    benchmark.extra_info.update(result)
+    benchmark.pedantic(lambda: None, rounds=1)
+    print(json.dumps(result, indent=1))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class Many:
+    """So many small JPEG files, a few of them over and over, from memory."""
+
+    name, classes, has_boxes = "many", (), True
+
+    def __init__(self, count: int) -> None:
+        rng = np.random.default_rng(0)
+        self.count = count
+        self.files = []
+        for _ in range(64):
+            height, width = rng.integers(40, 90, 2)
+            file = io.BytesIO()
+            pixels = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+            Image.fromarray(pixels).resize((width, height)).save(file, "JPEG")
+            self.files.append(file.getvalue())
+        self.samples: list[tuple[int, float, int, int]] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image_id(self, index: int) -> str:
+        return f"many-{index:09d}"
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        if index % max(1, self.count // 200) == 0:
+            status = Path("/proc/self/status").read_text()
+            fields = dict(line.split(":", 1) for line in status.splitlines())
+            resident = int(fields["VmRSS"].split()[0]) / 1024
+            handles = len(os.listdir("/proc/self/fd"))
+            self.samples.append((index, resident, handles, int(fields["Threads"])))
+        return decode_bytes(self.files[index % len(self.files)], "many")
+
+    def label(self, index: int) -> int:
+        return -1
+
+    def boxes(self, index: int) -> NDArray[np.int32]:
+        return np.array([[3, 4, 30, 31]], np.int32)
+
+
+def watch_memory(count: int, folder: Path) -> dict[str, Any]:
+    """Resident set, handles and threads over an extraction; the slope after its first tenth."""
+    source = Many(count)
+    model = build_model("compact", classes=10, input_size=32)
+    start = time.perf_counter()
+    extract(model, source, folder / "out", batch_size=64, workers=2, part_images=2000)
+    seconds = time.perf_counter() - start
+    samples = np.array(sorted(source.samples))
+    late = samples[samples[:, 0] >= count / 10]
+    slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
+    return {
+        "images": count,
+        "images_per_second": count / seconds,
+        "resident_mebibytes": samples[:: len(samples) // 20, 1].round(1).tolist(),
+        "slope_bytes_per_image": float(slope) * 2**20,
+        "handles": [int(late[:, 2].min()), int(late[:, 2].max())],
+        "threads": [int(late[:, 3].min()), int(late[:, 3].max())],
+    }
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", type=int, required=True, metavar="IMAGES")
+    with tempfile.TemporaryDirectory() as place:
+        print(json.dumps(watch_memory(parser.parse_args().memory, Path(place)), indent=1))
