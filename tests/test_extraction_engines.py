@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from casm_fast.data import predictions
 from casm_fast.data.synthetic import generate, write_coco, write_tree
 from casm_fast.evaluation import evaluate
 from casm_fast.extraction import ExtractConfig, extract
 from casm_fast.extraction.cluster import Plan, plan
+from casm_fast.extraction.processes import _sendable, _work, shares
 from casm_fast.models import checkpoint
 from casm_fast.models.saliency import build_model
 
@@ -237,3 +241,86 @@ def test_without_ray_there_is_one_sentence(place: Path) -> None:
         "engine: expected Ray for the engine ray, but it is not installed: "
         "pip install 'casm_fast[dist]'\n"
     ), run.stderr
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_processes_are_shards_of_one_run(place: Path, whole: Any, tmp_path: Path) -> None:
+    source = f"imagenet-val:{place / 'tree'}"
+    made = extract(
+        place / "model.safetensors", source, tmp_path / "boxes.parquet", batch_size=1, processes=2
+    )
+    one = extract(place / "model.safetensors", source, batch_size=1)
+    assert os.listdir(tmp_path) == ["boxes.parquet"]
+    assert made.table.to_pylist() == one.table.to_pylist()
+    assert (made.images, made.made, made.errors) == (IMAGES, IMAGES, 1)
+
+
+def test_an_error_of_a_process_is_sent(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class OddError(Exception):  # cannot be pickled, as some of other packages cannot
+        pass
+
+    sent: Any = queue.SimpleQueue()
+    told = ExtractConfig(strict=True, progress=False)
+    with caplog.at_level(logging.ERROR, "casm_fast"), pytest.raises(SystemExit) as caught:
+        _work(
+            place / "model.safetensors",
+            str(place / "tree"),
+            tmp_path / "out",
+            told,
+            torch.get_num_threads(),
+            sent,
+        )
+    assert caught.value.code == 1
+    assert "it is not an image of a known format (strict stops at the first" in str(sent.get())
+    assert repr(_sendable(OddError("what?"))) == "RuntimeError('OddError: what?')"
+
+
+def test_what_processes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ExtractConfig(processes=2, shard="2/3", device="cpu", progress=True)
+    told = shares(config)
+    assert [own.shard for own in told] == ["3/6", "4/6"]
+    assert [(own.device, own.processes, own.progress) for own in told] == [("cpu", 1, False)] * 2
+    for images in (12, 13, 35, 1000):
+        spans = [own.span(images) for own in told]
+        assert [*spans[0], *spans[1]] == list(config.span(images))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    for device in ("auto", "cuda"):
+        own = shares(ExtractConfig(processes=3, device=device))
+        assert [one.device for one in own] == ["cuda:0", "cuda:1", "cuda:2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"device": "cuda"},
+            "processes: expected at most one for each of the 0 GPUs of this machine, got 2",
+        ),
+        (
+            {"device": "cuda:1"},
+            "device: expected 'auto', 'cpu' or 'cuda' with several processes, got 'cuda:1'",
+        ),
+    ],
+)
+def test_processes_without_devices_are_refused(
+    options: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError) as caught:
+        shares(ExtractConfig(processes=2, **options))
+    assert str(caught.value) == message
+
+
+def test_processes_go_neither_with_ray_nor_without_an_output(place: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        ExtractConfig(processes=2, engine="ray")
+    assert str(caught.value) == (
+        "processes: expected 1 with the engine ray, which has its own, got 2"
+    )
+    with pytest.raises(ValueError) as caught:
+        extract(place / "model.safetensors", str(place / "tree"), processes=2)
+    assert str(caught.value) == ("processes: expected an output with several processes, got none")

@@ -28,6 +28,7 @@ LEAST = {
     "batch_size": 1,
     "workers": 0,
     "limit": 1,
+    "processes": 1,
     "part_images": 1,
     "part_seconds": 0,
 }
@@ -90,6 +91,9 @@ class ExtractConfig:
     the same time; a file gets a name of its own, boxes.2-of-4.parquet, and all four together are
     read under the name of OUTPUT."""
 
+    processes: int = 1
+    """Processes of this machine, each with a shard: one for each of so many GPUs."""
+
     strict: bool = False
     """Stop at the first image that cannot be read; else it becomes a row with its error."""
 
@@ -121,6 +125,11 @@ class ExtractConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.processes > 1 and self.engine == "ray":
+            raise ValueError(
+                f"processes: expected 1 with the engine ray, which has its own, "
+                f"got {self.processes}"
+            )
         if not self.alpha >= 0:
             raise ValueError(f"alpha: expected a number >= 0, got {self.alpha}")
         if self.shard is not None:

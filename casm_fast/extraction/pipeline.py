@@ -28,7 +28,7 @@ from casm_fast.data.decoding import DecodeError
 from casm_fast.data.predictions import Convention, Description
 from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
-from casm_fast.extraction import local
+from casm_fast.extraction import local, processes
 from casm_fast.extraction.config import ExtractConfig
 from casm_fast.extraction.writer import Rows, Writer, writing
 from casm_fast.models import checkpoint
@@ -121,6 +121,10 @@ def extract(
     """
     config = dataclasses.replace(config or ExtractConfig(), **overrides)
     started = time.perf_counter()
+    made = 0
+    if config.processes > 1:
+        made = _by_processes(model, source, output, config)
+        config = dataclasses.replace(config, processes=1)
     here = "cpu" if config.engine == "ray" else config.device  # Ray's workers have their own
     file = None
     if not isinstance(model, SaliencyModel):
@@ -183,8 +187,8 @@ def extract(
 
             engine = cluster.rows(model, convention, images, missing, config)
         else:
-            made = local.extractor(model, convention, device, config)
-            engine = local.rows(made, images, missing, config)
+            extractor = local.extractor(model, convention, device, config)
+            engine = local.rows(extractor, images, missing, config)
         errors += _run(engine, writer, len(span), missing, stop, config)
         if stop.signal is not None:
             done = len(span) - sum(map(len, missing)) + writer.written
@@ -204,7 +208,24 @@ def extract(
     if errors:
         logger.warning("%d of %d images could not be read; their rows say why", errors, len(span))
     seconds = time.perf_counter() - started
-    return Extraction(path, len(span), sum(map(len, missing)), errors, seconds, read)
+    made += sum(map(len, missing))
+    return Extraction(path, len(span), made, errors, seconds, read)
+
+
+def _by_processes(
+    model: SaliencyModel | str | Path,
+    source: ImageSource | str | Path,
+    output: str | Path | None,
+    config: ExtractConfig,
+) -> int:
+    """Leave nothing for this process to do but to read or merge the parts; the rows made."""
+    if output is None:
+        raise ValueError("processes: expected an output with several processes, got none")
+    images = open_source(source, split="val", decoder=config.decoder)
+    folder = Path(output)
+    if not parts.is_folder(output):
+        folder = parts.working_folder(predictions.part_path(folder, *config.part))
+    return processes.run(model, source, folder, config.span(len(images)), config)
 
 
 def _itself(table: pa.Table) -> pa.Table:
