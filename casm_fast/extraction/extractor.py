@@ -156,36 +156,54 @@ class Extractor:
             truth: ``[n, 4]`` true boxes in network pixels, not clipped.
             owners: ``[n]`` the image of each, from `casm_fast.data.localization.pair`.
         """
+        with torch.inference_mode():
+            saliency, logits = self.forward(images)
+            return self.measure(saliency, logits, int(images.shape[-2]), truth, owners)
+
+    def measure(
+        self,
+        saliency: Tensor,
+        logits: Tensor,
+        size: int,
+        truth: NDArray[np.integer],
+        owners: NDArray[np.int64],
+    ) -> Launched:
+        """Order what follows the network.
+
+        Args:
+            saliency: ``[B, 1, h, w]`` float32 on the device.
+            logits: ``[B, K]`` float32 on the device.
+            size: Side of the network's square, in pixels.
+            truth: ``[n, 4]`` true boxes in network pixels, not clipped.
+            owners: ``[n]`` the image of each.
+        """
         cuda = self.device.type == "cuda"
         known = torch.from_numpy(np.column_stack([truth, owners]).astype(np.int64))
-        with torch.inference_mode():
-            known = (known.pin_memory() if cuda else known).to(self.device, non_blocking=True)
-            saliency, logits = self.forward(images)
-            shape = (int(saliency.shape[2]), int(saliency.shape[3]), int(images.shape[-2]))
-            rows, columns = _cells(*shape, self.device)
-            boxes, area = ops.mask_boxes(
-                saliency,
-                rule=self.convention.rule,
-                alpha=self.convention.alpha,
-                connectivity=self.convention.connectivity,
-                component=self.convention.component,
-            )
-            likely, top = logits.softmax(1).topk(min(TOP, logits.shape[1]), dim=1)
-            # Integers below 2^53 pass through float64 unharmed, so that one copy brings everything.
-            table = torch.cat(
-                [boxes, area[:, None], top, likely[:, :1], measure(saliency, rows, columns)], dim=1
-            ).double()
-            held = inside(saliency, known[:, :4], known[:, 4], rows, columns)
-            numbers = torch.cat([table.flatten(), held])
-            arrived = None
-            if cuda:
-                host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-                numbers = host.copy_(numbers, non_blocking=True)
-                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                arrived.record(torch.cuda.current_stream(self.device))
-            rows, columns = _cells(*shape, torch.device("cpu"))
+        known = (known.pin_memory() if cuda else known).to(self.device, non_blocking=True)
+        shape = (int(saliency.shape[2]), int(saliency.shape[3]), size)
+        rows, columns = _cells(*shape, self.device)
+        boxes, area = ops.mask_boxes(
+            saliency,
+            rule=self.convention.rule,
+            alpha=self.convention.alpha,
+            connectivity=self.convention.connectivity,
+            component=self.convention.component,
+        )
+        likely, top = logits.softmax(1).topk(min(TOP, logits.shape[1]), dim=1)
+        # Integers below 2^53 pass through float64 unharmed, so that one copy brings everything.
+        table = torch.cat(
+            [boxes, area[:, None], top, likely[:, :1], measure(saliency, rows, columns)], dim=1
+        ).double()
+        held = inside(saliency, known[:, :4], known[:, 4], rows, columns)
+        numbers, arrived = torch.cat([table.flatten(), held]), None
+        if cuda:
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(torch.cuda.current_stream(self.device))
+        rows, columns = _cells(*shape, torch.device("cpu"))
         return Launched(
-            numbers.cpu(), arrived, len(images), truth.astype(np.int64), owners, rows, columns
+            numbers.cpu(), arrived, len(saliency), truth.astype(np.int64), owners, rows, columns
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,14 +134,7 @@ def extract(
     if len(images) == 0:
         raise ValueError(f"{images.name}: expected at least one image, got none")
     span = config.span(len(images))
-    convention = Convention(
-        size=config.input_size or model.input_size,
-        policy=config.resize_policy or model.resize_policy,
-        rule=config.rule,
-        alpha=config.alpha,
-        component=config.component,
-        connectivity=config.connectivity,
-    )
+    convention = convention_of(model, config)
     home = next(model.parameters()).device
     device = home if here == "auto" else choose_device(here)
     path = folder = None
@@ -154,7 +147,7 @@ def extract(
     weights = checkpoint.fingerprint(model)
 
     with ExitStack() as stack:
-        stack.enter_context(_borrowed(model, device, config.channels_last))
+        stack.enter_context(borrowed(model, device, config.channels_last))
         fitting = config.batch_size or local.batch_size(model, convention.size, device, total)
         notes, stop = {"batch_size": fitting}, StopRequest()
         if folder is not None:
@@ -210,6 +203,18 @@ def extract(
     seconds = time.perf_counter() - started
     made += sum(map(len, missing))
     return Extraction(path, len(span), made, errors, seconds, read)
+
+
+def convention_of(model: SaliencyModel, config: ExtractConfig) -> Convention:
+    """Geometry and box rule: those that are asked for, else those of the model."""
+    return Convention(
+        size=config.input_size or model.input_size,
+        policy=config.resize_policy or model.resize_policy,
+        rule=config.rule,
+        alpha=config.alpha,
+        component=config.component,
+        connectivity=config.connectivity,
+    )
 
 
 def _by_processes(
@@ -324,7 +329,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 @contextmanager
-def _borrowed(model: torch.nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
+def borrowed(model: torch.nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
     """The model in eval mode on ``device``; afterwards it has its own tensors and modes again."""
     training = [module for module in model.modules() if module.training]
     weights = [(parameter, parameter.data) for parameter in model.parameters()]
