@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CACHED = 16
+"""Maps that a CPU measures at once: what is between their steps stays in the cache, which is twice
+as fast as 64 at once."""
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -85,13 +89,15 @@ def measure(saliency: Tensor, rows: Cells, columns: Cells) -> Tensor:
     Returns:
         ``[B, 4]`` float64: mean, TV, entropy, full entropy.
     """
+    if saliency.device.type == "cpu" and len(saliency) > CACHED:
+        parts = [measure(part, rows, columns) for part in torch.split(saliency, CACHED)]
+        return torch.cat(parts)
     m = saliency[:, 0].double()
     row_weights, column_weights = rows.sizes.double(), columns.sizes.double()
     pixels = float(rows.pixels * columns.pixels)
 
     def mean(values: Tensor) -> Tensor:
-        total: Tensor = torch.einsum("bhw,w,h->b", values, column_weights, row_weights)
-        return total / pixels
+        return values @ column_weights @ row_weights / pixels
 
     one_sided, other_side = entropy_terms(saliency[:, 0]), entropy_terms(1 - saliency[:, 0])
     down = (m[:, 1:] - m[:, :-1]).square_().sum(1) @ column_weights
