@@ -11,6 +11,7 @@ the same folder do not disturb each other.
 |---|---|
 | `extraction.json` | the claim: settings that all rows share, and notes of the first run |
 | `part-000000000-000008192.parquet` | rows of these places |
+| `masks-000000000-000008192.npy` | their saliency maps, when they are kept; written first |
 | `.part-...tmp` | a part that is being written, or was when a run was killed |
 | `.lock` | nothing; byte k of it is locked by the run that fills place k |
 """
@@ -39,7 +40,8 @@ FORMAT = 1
 """Version of the folder; raised when an older casm_fast would misread it."""
 
 _NAME = re.compile(r"part-(\d+)-(\d+)\.parquet")
-_UNFINISHED = re.compile(r"\.part-(\d+)-\d+\.parquet\.\d+\.tmp")
+_MASKS = re.compile(r"masks-(\d+)-(\d+)\.npy")
+_UNFINISHED = re.compile(r"\.(?:part|masks)-(\d+)-\d+\.\w+\.\d+\.tmp")
 _MISSING = object()
 
 
@@ -61,6 +63,27 @@ class Part:
 def part_file(folder: Path, start: int, stop: int) -> Path:
     """The file of the rows of ``[start, stop)``."""
     return folder / f"part-{start:09d}-{stop:09d}.parquet"
+
+
+def masks_file(folder: Path, start: int, stop: int) -> Path:
+    """The file of the saliency maps of these rows, when they are kept."""
+    return folder / f"masks-{start:09d}-{stop:09d}.npy"
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[IO[bytes]]:
+    """A file under another name that takes its own when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    other = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with other.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        other.replace(path)
+    finally:
+        other.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def is_folder(path: str | Path) -> bool:
@@ -247,6 +270,9 @@ def _locked(folder: Path, span: range) -> Iterator[None]:
             )
         for name in os.listdir(folder):
             match = _UNFINISHED.fullmatch(name)
+            maps = _MASKS.fullmatch(name)  # of a part that was not to be
+            if maps and not part_file(folder, int(maps[1]), int(maps[2])).exists():
+                match = maps
             if match and int(match[1]) in span:
                 (folder / name).unlink(missing_ok=True)
         yield

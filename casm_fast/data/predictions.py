@@ -13,11 +13,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from casm_fast.data import parts as folders
 from casm_fast.data.geometry import Policy
@@ -299,7 +298,10 @@ def merge(folder: Path, span: range, path: Path) -> Path:
     parts = complete(folder, span)
     descriptions = [description_of(pq.read_schema(part.path), str(part.path)) for part in parts]
     whole = schema().with_metadata({_KEY: _agreed(descriptions, folder).to_json()})
-    with _unfinished(path) as stream, pq.ParquetWriter(stream, whole, compression=CODEC) as writer:
+    with (
+        folders.unfinished(path) as stream,
+        pq.ParquetWriter(stream, whole, compression=CODEC) as writer,
+    ):
         for part in parts:
             writer.write_table(pq.read_table(part.path).replace_schema_metadata(whole.metadata))
     return path
@@ -385,22 +387,6 @@ def write(table: pa.Table, path: str | Path) -> Path:
     """
     import pyarrow.parquet as pq
 
-    with _unfinished(Path(path)) as stream:
+    with folders.unfinished(Path(path)) as stream:
         pq.write_table(table, stream, compression=CODEC)
     return Path(path)
-
-
-@contextmanager
-def _unfinished(path: Path) -> Iterator[IO[bytes]]:
-    """A file under another name that takes its own when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    folders.sync_folder(path.parent)

@@ -13,6 +13,7 @@ Rule = Literal["mean", "area", "value", "energy"]
 Component = Literal["largest", "all"]
 Precision = Literal["off", "bf16", "fp16"]
 Engine = Literal["local", "ray"]
+Masks = Literal["off", "npy", "png"]
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "resize_policy": ("crop", "squash", None),
@@ -22,6 +23,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "amp": ("off", "bf16", "fp16"),
     "decoder": get_args(DecoderName),
     "engine": get_args(Engine),
+    "masks": get_args(Masks),
 }
 LEAST = {
     "input_size": 1,
@@ -97,6 +99,10 @@ class ExtractConfig:
     strict: bool = False
     """Stop at the first image that cannot be read; else it becomes a row with its error."""
 
+    masks: Masks = "off"
+    """Keep the saliency maps in the folder of the rows. npy: an array [rows, h, w] of float16 for
+    each part. png: a grey picture for each image."""
+
     part_images: int = 10_000
     """Rows that are written at once, at most: what a power failure can cost."""
 
@@ -129,6 +135,11 @@ class ExtractConfig:
             raise ValueError(
                 f"processes: expected 1 with the engine ray, which has its own, "
                 f"got {self.processes}"
+            )
+        if self.masks != "off" and self.engine == "ray":
+            raise ValueError(
+                f"masks: expected off with the engine ray, which brings back rows alone, "
+                f"got {self.masks!r}"
             )
         if not self.alpha >= 0:
             raise ValueError(f"alpha: expected a number >= 0, got {self.alpha}")

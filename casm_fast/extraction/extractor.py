@@ -22,7 +22,8 @@ from casm_fast import ops
 from casm_fast.data import localization
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import normalize
-from casm_fast.extraction.config import Precision
+from casm_fast.extraction.config import Masks, Precision
+from casm_fast.extraction.masks import stored
 from casm_fast.models.memory import in_parts, is_out_of_memory
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.models.statistics import Cells, inside, measure
@@ -76,6 +77,8 @@ class Launched:
         owners: ``[n]`` the image of each.
         rows: Pixel rows of the cells of the saliency map.
         columns: Pixel columns of the cells.
+        maps: ``[B, h, w]`` saliency in host memory, as it is kept, or None; there when the numbers
+            are.
     """
 
     numbers: Tensor
@@ -85,6 +88,7 @@ class Launched:
     owners: NDArray[np.int64]
     rows: Cells
     columns: Cells
+    maps: Tensor | None = None
 
     def measurements(self) -> Measurements:
         """The numbers as what they mean; waits for their arrival."""
@@ -127,6 +131,7 @@ class Extractor:
         static: Images of a pass of a compiled network, smaller ones being filled up; None: as they
             come.
         at_once: Images of a pass; halves when memory runs out. None: a whole batch.
+        masks: How saliency maps are kept.
     """
 
     model: SaliencyModel
@@ -136,6 +141,7 @@ class Extractor:
     channels_last: bool = False
     static: int | None = None
     at_once: int | None = None
+    masks: Masks = "off"
 
     def __call__(self, images: Tensor, truth: list[NDArray[np.int32]]) -> Measurements:
         """Find the boxes of a batch, and wait for them.
@@ -195,16 +201,23 @@ class Extractor:
             [boxes, area[:, None], top, likely[:, :1], measure(saliency, rows, columns)], dim=1
         ).double()
         held = inside(saliency, known[:, :4], known[:, 4], rows, columns)
-        numbers, arrived = torch.cat([table.flatten(), held]), None
+        numbers = self._to_host(torch.cat([table.flatten(), held]))
+        maps = None if self.masks == "off" else self._to_host(stored(saliency, self.masks))
+        arrived = None
         if cuda:
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            numbers = host.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream(self.device))
         rows, columns = _cells(*shape, torch.device("cpu"))
         return Launched(
-            numbers.cpu(), arrived, len(saliency), truth.astype(np.int64), owners, rows, columns
+            numbers, arrived, len(saliency), truth.astype(np.int64), owners, rows, columns, maps
         )
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory, from a GPU on its way."""
+        if self.device.type != "cuda":
+            return tensor.cpu()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Saliency maps and logits of uint8 images, half as many at once when memory runs out.

@@ -15,6 +15,7 @@ from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
 from casm_fast.extraction.config import ExtractConfig
 from casm_fast.extraction.extractor import Extractor, Launched, device_name
+from casm_fast.extraction.masks import spread
 from casm_fast.extraction.rows import Naming, Truth, batch_table, label_numbers, true_boxes
 from casm_fast.extraction.writer import Rows
 from casm_fast.models.memory import budget, footprint
@@ -37,7 +38,9 @@ def extractor(
     """The extractor of a model that is in eval mode and on the device."""
     network: Any = torch.compile(model, dynamic=False) if config.compile else model
     static = config.batch_size if config.compile else None
-    return Extractor(network, convention, device, config.amp, config.channels_last, static)
+    return Extractor(
+        network, convention, device, config.amp, config.channels_last, static, masks=config.masks
+    )
 
 
 def batch_size(model: SaliencyModel, size: int, device: torch.device, images: int) -> int:
@@ -135,4 +138,16 @@ class _Ordered:
         found = None if self.launched is None else self.launched.measurements()
         first = min([*self.batch.indices[:1], *(index for index, _ in self.batch.errors[:1])])
         table = batch_table(naming, self.batch, found, self.truth)
-        return Rows(first, table, found.saliency_size if found else (0, 0), self.device)
+        maps = (
+            None
+            if self.launched is None or self.launched.maps is None
+            else (self.launched.maps.numpy())
+        )
+        places = [index - first for index in self.batch.indices]
+        return Rows(
+            first,
+            table,
+            found.saliency_size if found else (0, 0),
+            self.device,
+            spread(maps, places, len(table)),
+        )

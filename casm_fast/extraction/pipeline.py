@@ -143,6 +143,8 @@ def extract(
     elif output is not None:
         path = predictions.part_path(Path(output), *config.part)
         folder = parts.working_folder(path)
+    if config.masks != "off" and (folder is None or folder != path):
+        raise ValueError(f"masks: expected a folder as output to keep them in, got {output}")
     total = min(len(images), config.limit or len(images))
     weights = checkpoint.fingerprint(model)
 
@@ -152,9 +154,9 @@ def extract(
         notes, stop = {"batch_size": fitting}, StopRequest()
         if folder is not None:
             settings = _settings(images, total, weights, convention, config)
+            notes = stack.enter_context(parts.claimed(folder, span, settings, notes))
             if folder != path:
                 stack.callback(_remove_if_empty, folder)
-            notes = stack.enter_context(parts.claimed(folder, span, settings, notes))
             stop = stack.enter_context(stop_requests())
         if config.batch_size is None:
             config = dataclasses.replace(config, batch_size=notes["batch_size"])
@@ -174,7 +176,7 @@ def extract(
             )
 
         missing, errors = _missing(folder, span, config.strict)
-        writer = Writer(folder, describe, config.part_images, config.part_seconds)
+        writer = Writer(folder, describe, config.part_images, config.part_seconds, config.masks)
         if config.engine == "ray":
             from casm_fast.extraction import cluster
 
@@ -288,6 +290,7 @@ def _missing(folder: Path | None, span: range, strict: bool) -> tuple[list[range
         if part.stop > span.start and part.start < span.stop and not predictions.is_whole(part):
             logger.warning("%s is damaged, and made again", part.path)
             part.path.unlink()
+            parts.masks_file(folder, part.start, part.stop).unlink(missing_ok=True)
         else:
             found.append(part)
     errors = predictions.errors_of(folder, span)
@@ -319,6 +322,7 @@ def _settings(
         "model": weights[:16],
         **dataclasses.asdict(convention),
         "amp": config.amp,
+        "masks": config.masks,
     }
 
 

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from casm_fast.data import parts, predictions
 from casm_fast.data.predictions import Description
+from casm_fast.extraction.config import Masks
+from casm_fast.extraction.masks import write as write_masks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,12 +51,14 @@ class Rows:
         table: The rows, without a description.
         saliency_size: ``(h, w)`` of the saliency maps; (0, 0) when no image could be read.
         device: Where the network ran.
+        maps: ``[rows, h, w]`` saliency maps as they are kept; [rows, 0, 0] without.
     """
 
     start: int
     table: pa.Table
     saliency_size: tuple[int, int]
     device: str
+    maps: NDArray[Any] | None = None
 
     @property
     def errors(self) -> int:
@@ -73,6 +79,7 @@ class Writer:
         describe: Callable[[tuple[int, int], str, float], Description],
         images: int,
         seconds: float,
+        masks: Masks = "off",
     ) -> None:
         """A writer without rows.
 
@@ -81,10 +88,11 @@ class Writer:
             describe: The description of rows from their saliency size, device and time in seconds.
             images: Rows of a part, at most (by less than a batch more).
             seconds: Time between two parts, at most.
+            masks: How saliency maps are kept.
         """
         self.written = 0
         self._folder, self._describe = folder, describe
-        self._images, self._seconds = images, seconds
+        self._images, self._seconds, self._masks = images, seconds, masks
         self._rows: list[Rows] = []
         self._waiting = 0
         self._since = time.perf_counter()
@@ -113,8 +121,13 @@ class Writer:
             return
         start = self._rows[0].start
         path = parts.part_file(self._folder, start, start + self._waiting)
+        maps = [rows.maps for rows in self._rows if rows.maps is not None]
+        table = self.take()
         with writing(path):
-            predictions.write(self.take(), path)
+            if self._masks != "off":
+                errors = table["error"].to_pylist()
+                write_masks(self._folder, start, maps, errors, self._masks)
+            predictions.write(table, path)
 
     def take(self) -> pa.Table:
         """The rows that wait as a table with its description; then none wait.
