@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -263,7 +263,7 @@ def test_an_error_of_a_process_is_sent(
     class OddError(Exception):  # cannot be pickled, as some of other packages cannot
         pass
 
-    sent: Any = queue.SimpleQueue()
+    received, sent = multiprocessing.Pipe(duplex=False)
     told = ExtractConfig(strict=True, progress=False)
     with caplog.at_level(logging.ERROR, "casm_fast"), pytest.raises(SystemExit) as caught:
         _work(
@@ -275,7 +275,7 @@ def test_an_error_of_a_process_is_sent(
             sent,
         )
     assert caught.value.code == 1
-    assert "it is not an image of a known format (strict stops at the first" in str(sent.get())
+    assert "it is not an image of a known format (strict stops at the first" in str(received.recv())
     assert repr(_sendable(OddError("what?"))) == "RuntimeError('OddError: what?')"
 
 

@@ -420,7 +420,7 @@ def test_a_disk_that_is_really_full(whole: Any, name: str, tmp_path: Path) -> No
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
         assert run(Watched(), disk / name, part_images=2).table.to_pylist() == whole
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 # --- strict ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import multiprocessing
 import platform
 import shutil
 import time
@@ -157,7 +158,9 @@ def extract(
             notes = stack.enter_context(parts.claimed(folder, span, settings, notes))
             if folder != path:
                 stack.callback(_remove_if_empty, folder)
-            stop = stack.enter_context(stop_requests())
+            # Ctrl-C reaches a process and its children, who hear of it again from the process.
+            child = multiprocessing.parent_process() is not None
+            stop = stack.enter_context(stop_requests(patient=child))
         if config.batch_size is None:
             config = dataclasses.replace(config, batch_size=notes["batch_size"])
 

@@ -11,9 +11,10 @@ import logging
 import multiprocessing
 import pickle
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,8 +22,7 @@ from casm_fast.data import parts
 from casm_fast.data.signals import obey, stop_requests
 from casm_fast.extraction.config import ExtractConfig
 
-if TYPE_CHECKING:
-    from multiprocessing.queues import SimpleQueue
+logger = logging.getLogger(__name__)
 
 LOOK = 0.5
 """Seconds between two looks at the processes."""
@@ -85,11 +85,11 @@ def run(model: Any, source: Any, folder: Path, span: range, config: ExtractConfi
 
     told = shares(config)
     context = multiprocessing.get_context("spawn")
-    errors: SimpleQueue[Exception] = context.SimpleQueue()
+    pipes = [context.Pipe(duplex=False) for _ in told]
     threads = max(1, torch.get_num_threads() // len(told))
     workers: list[BaseProcess] = [
         context.Process(target=_work, args=(model, source, folder, own, threads, errors))
-        for own in told
+        for own, (_, errors) in zip(told, pipes, strict=True)
     ]
 
     def done() -> int:
@@ -111,21 +111,25 @@ def run(model: Any, source: Any, folder: Path, span: range, config: ExtractConfi
             for worker in workers:
                 worker.start()
             while any(worker.is_alive() for worker in workers):
-                failed = any(worker.exitcode for worker in workers)
-                for worker in workers:
-                    worker.join(LOOK / len(workers))
-                    if failed or stop.signal is not None:
-                        worker.terminate()  # it ends its batch, writes, and goes
+                if stop.signal is not None or any(worker.exitcode for worker in workers):
+                    break
+                workers[0].join(LOOK)
                 bar.update(done() - bar.n)
         finally:
             for worker in workers:
                 if worker.pid is not None:
-                    worker.terminate()
+                    worker.terminate()  # it ends its batch, writes, and goes
+            for worker in workers:
+                if worker.pid is not None:
                     worker.join()
     if stop.signal is not None:
-        obey(stop.signal, f"{done():,} of {len(span):,} images are done; the same command goes on")
-    if not errors.empty():
-        raise errors.get()
+        message = f"{done():,} of {len(span):,} images are done; the same command goes on there"
+        logger.warning("stopped: %s", message)
+        obey(stop.signal, message)
+    for receiver, _ in pipes:
+        if receiver.poll():
+            error: Exception = receiver.recv()
+            raise error
     for number, worker in enumerate(workers):
         if worker.exitcode:
             raise ChildProcessError(
@@ -141,7 +145,7 @@ def _work(
     folder: Path,
     config: ExtractConfig,
     threads: int,
-    errors: SimpleQueue[Exception],
+    errors: Connection,
 ) -> None:
     """One process."""
     from casm_fast.extraction.pipeline import extract
@@ -152,7 +156,7 @@ def _work(
         extract(model, source, folder, config)
     except Exception as error:
         with suppress(BrokenPipeError):
-            errors.put(_sendable(error))
+            errors.send(_sendable(error))
         raise SystemExit(1) from None
 
 
