@@ -47,6 +47,7 @@ from casm_fast.attribution.proportion import in_proportion
 from casm_fast.attribution.realtime import FILE_NAME, WIDTH, RealTimeModel, save_real_time
 from casm_fast.data.decoding import DecodeError
 from casm_fast.data.loading import Augment, TrainingBatch, batches_per_epoch, training_batches
+from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.models.checkpoint import load
 from casm_fast.models.encoder import Encoder
@@ -55,7 +56,6 @@ from casm_fast.models.saliency import SaliencyModel
 from casm_fast.training.descent import Descent
 from casm_fast.training.objective import smoothness
 from casm_fast.training.progress import RunLog
-from casm_fast.training.signals import StopRequest, obey, stop_requests
 from casm_fast.training.state import compare, write_atomically
 
 logger = logging.getLogger(__name__)
