@@ -185,7 +185,11 @@ def test_images_without_labels(trees: Path, tmp_path: Path) -> None:
 
 def test_unknown_options_are_refused(coco_boxes: pa.Table, tmp_path: Path) -> None:
     for options, message in (
-        ({"to": "yolo"}, "export: expected `to` one of coco, got 'yolo'"),
+        (
+            {"to": "xml"},
+            "export: expected `to` one of coco, voc, yolo, kaggle-loc, label-studio, fiftyone, "
+            "wsol-npy, csv, got 'xml'",
+        ),
         ({"category": "x"}, "export: expected `category` one of predicted, label, got 'x'"),
     ):
         with pytest.raises(ValueError) as caught:

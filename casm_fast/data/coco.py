@@ -117,7 +117,11 @@ class CocoSource:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
-        return self._decoder(self.folder / self._files[self._picture_of[index]])
+        return self._decoder(Path(self.address(index)))
+
+    def address(self, index: int) -> str:
+        """The path of the image file."""
+        return str(self.folder / self._files[self._picture_of[index]])
 
     def label(self, index: int) -> int:
         """The category's place in ``classes``."""

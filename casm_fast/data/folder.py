@@ -78,7 +78,11 @@ class FolderSource:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
-        return self._decoder(self.root / self.files[index])
+        return self._decoder(Path(self.address(index)))
+
+    def address(self, index: int) -> str:
+        """The path of the image file."""
+        return str(self.root / self.files[index])
 
     def label(self, index: int) -> int:
         """The class of the image, -1 in a flat folder."""
@@ -120,8 +124,12 @@ class PhotoSource:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
+        return self._decoder(Path(self.address(index)))
+
+    def address(self, index: int) -> str:
+        """The path of the image file."""
         del index
-        return self._decoder(self.path)
+        return str(self.path)
 
     def label(self, index: int) -> int:
         """-1."""

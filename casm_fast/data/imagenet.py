@@ -171,7 +171,11 @@ class ImageNetSource:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
-        return self._decoder(self.folder / self.files[index])
+        return self._decoder(Path(self.address(index)))
+
+    def address(self, index: int) -> str:
+        """The path of the image file."""
+        return str(self.folder / self.files[index])
 
     def label(self, index: int) -> int:
         """The class of the image."""

@@ -68,6 +68,15 @@ class ImageSource(Protocol):
 
 
 @runtime_checkable
+class FileSource(ImageSource, Protocol):
+    """A set whose images are files, which other programs can open, too."""
+
+    def address(self, index: int) -> str:
+        """Path or URL of the image file."""
+        ...
+
+
+@runtime_checkable
 class ArraySource(ImageSource, Protocol):
     """A set that lies in memory at one size: loading takes slices instead of single images."""
 
@@ -142,6 +151,31 @@ def open_source(
     if path.is_file() and is_image(path.name):
         return PhotoSource(path, decoder=reader)
     return _open(_family(path), str(path), split, reader)
+
+
+def locate(source: ImageSource, image_ids: Sequence[str]) -> list[int]:
+    """The places of images in a set.
+
+    Args:
+        source: The set.
+        image_ids: Ids; when they are those of the first images in order, no other is looked at.
+
+    Raises:
+        ValueError: An image is not in the set.
+    """
+    if len(image_ids) <= len(source) and all(
+        source.image_id(place) == name for place, name in enumerate(image_ids)
+    ):
+        return list(range(len(image_ids)))
+    place_of = {source.image_id(place): place for place in range(len(source))}
+    strangers = [name for name in image_ids if name not in place_of]
+    if strangers:
+        raise ValueError(
+            f"{source.name}: expected an image {strangers[0]}, got none of this id "
+            f"({len(strangers):,} of {len(image_ids):,} are missing); give the set that the table "
+            "was made of"
+        )
+    return [place_of[name] for name in image_ids]
 
 
 def _open(family: str, path: str, split: str, decoder: Decoder) -> ImageSource:

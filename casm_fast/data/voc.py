@@ -115,7 +115,11 @@ class VocSource:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """``[H, W, 3]`` uint8 RGB; raises `DecodeError`."""
-        return self._decoder(self.folder / "JPEGImages" / self.files[self._picture_of[index]])
+        return self._decoder(Path(self.address(index)))
+
+    def address(self, index: int) -> str:
+        """The path of the image file."""
+        return str(self.folder / "JPEGImages" / self.files[self._picture_of[index]])
 
     def label(self, index: int) -> int:
         """The class's place in ``classes``."""
