@@ -502,7 +502,8 @@ def test_missing_things_are_named(tmp_path, trees):
             none,
             FileNotFoundError,
             f"open_source: there is no {none}; give an existing path, synthetic, imagenet:DIR, "
-            "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR or folder:DIR",
+            "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR, folder:DIR, list:FILE, parquet:FILE or "
+            "webdataset:TAR",
         ),
         (
             f"imagenet:{none}",

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casm_fast.data import decoding
-from casm_fast.data.decoding import Decoder
+from casm_fast.data.decoding import ContentDecoder, Decoder
 
 DecoderName = Literal["auto", "pillow", "torchcodec"]
 """What decodes JPEG files; "auto" is TorchCodec where it is installed and gives Pillow's pixels."""
@@ -44,6 +44,24 @@ def choose_decoder(name: DecoderName = "auto") -> Decoder:
         ValueError: Another name.
     """
     return decode_with_torchcodec if _torchcodec_chosen(name) else decoding.decode
+
+
+def choose_content_decoder(name: DecoderName = "auto") -> ContentDecoder:
+    """The same for the content of image files that is in memory already.
+
+    Args:
+        name: As `choose_decoder`.
+
+    Returns:
+        A function of the content and of what an error calls it.
+
+    Raises:
+        ImportError: TorchCodec is asked for and cannot be loaded.
+        ValueError: Another name.
+    """
+    if _torchcodec_chosen(name):
+        return functools.partial(decoding.decode_bytes, jpeg=_decode_jpeg)
+    return decoding.decode_bytes
 
 
 def describe_decoder(name: DecoderName = "auto") -> str:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Decoder = Callable[[Path], NDArray[np.uint8]]
 """A file's path to ``[H, W, 3]`` uint8 RGB, upright; raises `DecodeError`."""
 
+ContentDecoder = Callable[[bytes, str], NDArray[np.uint8]]
+"""The same of a file's content, and of what an error calls it."""
+
 # What Pillow's readers raise on bad data, besides its own DecompressionBomb classes.
 _BAD_DATA = (
     OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError, OverflowError,

@@ -10,18 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casm_fast.data.coco import CocoSource, annotation_files
-from casm_fast.data.decoders import DecoderName, choose_decoder
+from casm_fast.data.decoders import DecoderName, choose_content_decoder, choose_decoder
 from casm_fast.data.decoding import Decoder
 from casm_fast.data.folder import FolderSource, PhotoSource
 from casm_fast.data.imagenet import ImageNetSource, images_root
 from casm_fast.data.listing import holds_image, is_image
+from casm_fast.data.manifest import ManifestSource
+from casm_fast.data.paths import STDIN, open_glob, open_list, open_url
+from casm_fast.data.remote import has_magic, is_url
 from casm_fast.data.synthetic import open_synthetic
 from casm_fast.data.voc import VocSource, voc_folders
+from casm_fast.data.webdataset import WebDatasetSource
 from casm_fast.data.wsol import IDS, WsolSource, metadata_folders
 
 _KINDS = ("imagenet", "imagenet-val", "imagenet-train", "folder")
 _OF_SETS = ("coco", "voc", "wsol")
 """Kinds that may name a set of their own after a hyphen: "coco-val2014", "voc-test2007"."""
+
+_LISTED = ("list", "parquet", "webdataset")
+"""Kinds that have no splits: what they name is the set."""
 
 
 @runtime_checkable
@@ -109,6 +116,11 @@ def open_source(
     | "wsol:METADATA", "wsol-test:METADATA", … | wsolevaluation's metadata files and images |
     | "wsol:METADATA,images=DIR", "wsol:METADATA,proxy" | with the images in DIR; the proxy set |
     | "folder:DIR" | class subfolders, or one flat folder; has no splits |
+    | "list:FILE", "-" | a text file with a path or URL a line; standard input |
+    | "parquet:FILE" | a Parquet file with the columns path, label and boxes (or only path) |
+    | "webdataset:train-{0000..0146}.tar" | the images of WebDataset's tar files |
+    | "photos/**/*.jpg" | the image files that a pattern names |
+    | "s3://bucket/photos", "hf://…", … | image files behind a URL, or a pattern of URLs |
     | a picture file | that picture |
     | a path | by looking: COCO when it holds annotations/instances_*.json, VOC when JPEGImages
         (there, in VOC2007 or in VOCdevkit/VOC2007), wsolevaluation when image_ids.txt (there, in a
@@ -136,21 +148,44 @@ def open_source(
     kind, colon, rest = str(spec).partition(":")
     if kind == "synthetic":
         return open_synthetic(rest, split)
+    if str(spec) == STDIN:
+        kind, colon, rest = "list", ":", STDIN
+    if colon and kind in _LISTED:
+        return _open_listed(kind, rest, decoder)
     family, _, part = kind.partition("-")
     if colon and (kind in (*_KINDS, *_OF_SETS) or (family in _OF_SETS and part)):
         if not rest:
             raise ValueError(f'open_source: expected a path after "{kind}:", got none')
         return _open(family, rest, part or split, choose_decoder(decoder))
     path = Path(spec)
+    if is_url(str(spec)) or (has_magic(str(spec)) and not path.exists()):
+        named = open_glob if has_magic(str(spec)) else open_url
+        return named(
+            str(spec),
+            decoder=choose_decoder(decoder),
+            content_decoder=choose_content_decoder(decoder),
+        )
     if not path.exists():
         raise FileNotFoundError(
             f"open_source: there is no {path}; give an existing path, synthetic, imagenet:DIR, "
-            "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR or folder:DIR"
+            "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR, folder:DIR, list:FILE, parquet:FILE or "
+            "webdataset:TAR"
         )
     reader = choose_decoder(decoder)
     if path.is_file() and is_image(path.name):
         return PhotoSource(path, decoder=reader)
     return _open(_family(path), str(path), split, reader)
+
+
+def _open_listed(kind: str, rest: str, decoder: DecoderName) -> ImageSource:
+    if not rest:
+        raise ValueError(f'open_source: expected a path after "{kind}:", got none')
+    content = choose_content_decoder(decoder)
+    if kind == "webdataset":
+        return WebDatasetSource(rest, decoder=content)
+    if kind == "parquet":
+        return ManifestSource(rest, decoder=choose_decoder(decoder), content_decoder=content)
+    return open_list(rest, decoder=choose_decoder(decoder), content_decoder=content)
 
 
 def locate(source: ImageSource, image_ids: Sequence[str]) -> list[int]:
