@@ -1,7 +1,8 @@
 """Millions of names that need no memory to speak of: lines of a file, looked up where they lie.
 
-A Python string of a path takes some 120 bytes; here a name takes four, the place of its line, and
-the text stays on the disk, in pages that the system drops when it needs the memory.
+A Python string of a path takes some 100 bytes; here a name takes four, the place of its line (eight
+where the text is longer than 4 GiB), and the text stays on the disk, in pages that the system drops
+when it needs the memory.
 """
 
 from __future__ import annotations
