@@ -25,7 +25,7 @@ from casm_fast.data.transforms import normalize, resize
 from casm_fast.data.voc import VocSource
 from casm_fast.extraction import export, extract
 from casm_fast.extraction.exporting import FORMATS, default_output, wsol
-from casm_fast.extraction.exporting.job import Stems
+from casm_fast.extraction.exporting.job import Job, Stems
 from casm_fast.models.saliency import build_model
 
 CONVENTION = Convention(32, "squash", "mean", 1.0, "largest", 4)
@@ -372,6 +372,44 @@ def test_wsol_npy(tree: Path, tmp_path: Path) -> None:
         normal = (cells - cells.min()) / (cells.max() - cells.min())
         # Batches of another size round otherwise, and a flat map is stretched: 6.2e-6 at most.
         np.testing.assert_allclose(plane, normal.repeat(side, 0).repeat(side, 1), atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["npy", "png"])
+def test_maps_that_were_stored(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [row(f"{k}.jpg", (0, 0, 3, 3), height=30 + k, width=40) for k in range(6)]
+    rows[1] = {"image_id": "1.jpg", "label": 0, "error": "cannot decode 1.jpg"}
+    made = table(rows)
+    maps = rng.random((6, 5, 4)).astype(np.float16)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "extraction.json").write_text("{}")
+    if kind == "npy":
+        np.save(folder / "masks-000000000-000000004.npy", maps[:4])
+        np.save(folder / "masks-000000004-000000006.npy", maps[4:])
+    else:
+        (folder / "masks/000000").mkdir(parents=True)
+        grey = np.rint(255 * maps.astype(float)).astype(np.uint8)
+        for k in (0, 2, 3, 4, 5):
+            Image.fromarray(grey[k]).save(folder / f"masks/000000/{k:09d}.png")
+        maps = (grey / 255).astype(np.float32)
+    job = Job(made, predictions.description_of(made), "predicted", folder=folder)
+    wsol.write(job, tmp_path / "maps")
+    assert len(list((tmp_path / "maps").iterdir())) == 5
+    for k in (0, 2, 3, 4, 5):
+        where = geometry(30 + k, 40, 32, "squash")
+        expected = wsol.spread(maps[k].astype(np.float32), where, 32)
+        np.testing.assert_array_equal(np.load(tmp_path / f"maps/{k}.jpg.npy"), expected)
+
+    gone = folder / "masks-000000004-000000006.npy"
+    (gone if kind == "npy" else folder / "masks/000000/000000004.png").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        wsol.write(job, tmp_path / "again")
+    assert str(caught.value) == (
+        f"export: expected the map of row 4 in {folder}, got none; give a `model`, which makes it "
+        "again"
+    )
+    assert not (tmp_path / "again").exists()
 
 
 def test_maps_need_their_model(tree: Path, tmp_path: Path) -> None:

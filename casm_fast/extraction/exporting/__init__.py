@@ -98,8 +98,8 @@ def export(
             can turn a picture under its boxes. For voc, yolo and fiftyone.
         images: Where label-studio and fiftyone find the pictures: a folder or URL that the ids are
             appended to. By default the files of the images themselves.
-        model: For wsol-npy, the model whose maps they are; by default the checkpoint that the table
-            names.
+        model: For wsol-npy, the model whose maps they are; by default the maps that lie beside the
+            rows in a folder, else the checkpoint that the table names.
 
     Returns:
         What was written, the main file first, or the folder.
@@ -122,7 +122,9 @@ def export(
         description = predictions.description_of(table)
     if output is None:
         raise ValueError("export: expected `output` beside a table in memory, got None")
-    job = Job(table, description, category, pictures, images, model)
+    named = isinstance(boxes, (str, Path)) and Path(boxes).is_dir()
+    folder = Path(str(boxes)) if named else None
+    job = Job(table, description, category, pictures, images, model, folder)
     return FORMATS[to].write(job, Path(output))
 
 

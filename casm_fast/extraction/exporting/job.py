@@ -74,6 +74,7 @@ class Job:
         pictures: Whether pictures are to be written.
         prefix: Where the pictures are for those who read the export; None: where they are.
         model: Given for formats of maps.
+        folder: Of the extraction, where the table is one; None for a file or a table in memory.
     """
 
     table: pa.Table
@@ -82,6 +83,7 @@ class Job:
     pictures: bool = False
     prefix: str | None = None
     model: SaliencyModel | str | Path | None = None
+    folder: Path | None = None
 
     @property
     def paired(self) -> bool:

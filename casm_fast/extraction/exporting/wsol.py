@@ -11,14 +11,17 @@ lowest value. A pixel reads the cell that its centre falls into, as everywhere i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from casm_fast.data.geometry import Geometry
+from casm_fast.data.geometry import Geometry, geometry
 from casm_fast.data.loading import evaluation_batches
 from casm_fast.data.source import locate
 from casm_fast.data.subset import Subset
@@ -36,7 +39,7 @@ _BATCH = 64
 
 
 def write(job: Job, output: Path) -> tuple[Path, ...]:
-    """Write the maps of the images that could be read.
+    """Write the maps of the images that could be read: those stored, else the model's.
 
     Args:
         job: What, and the model.
@@ -50,9 +53,10 @@ def write(job: Job, output: Path) -> tuple[Path, ...]:
         FileNotFoundError: The images or the checkpoint are no longer there.
         ValueError: The model did not make the table, or there is none.
     """
-    model = _model(job)
+    stored = None if job.model is not None or job.folder is None else StoredMaps.of(job.folder)
+    maps = _made(job, _model(job)) if stored is None else _stored(job, stored)
     with new_folder(output) as root:
-        for identity, plane in _maps(job, model):
+        for identity, plane in maps:
             path = root / f"{identity}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, plane)
@@ -87,8 +91,68 @@ def _cells(places: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.clip(np.floor(places), 0, count - 1).astype(np.int64)
 
 
-def _maps(job: Job, model: SaliencyModel) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """The ids of the readable images and their score maps."""
+@dataclass(frozen=True)
+class StoredMaps:
+    """Saliency maps beside the rows of an extraction, by the place of the row.
+
+    Attributes:
+        arrays: First place and place behind the last of each file ``masks-START-STOP.npy``, and it.
+        pictures: The folder of ``000012/000012345.png``, 8-bit grey.
+    """
+
+    arrays: tuple[tuple[int, int, Path], ...]
+    pictures: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> StoredMaps | None:
+        """The maps in the folder of an extraction; None where there are none."""
+        named = ((_ARRAY.fullmatch(path.name), path) for path in folder.iterdir())
+        arrays = sorted((int(name[1]), int(name[2]), path) for name, path in named if name)
+        pictures = folder / "masks"
+        return cls(tuple(arrays), pictures) if arrays or pictures.is_dir() else None
+
+    def read(self, places: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+        """The maps ``[h, w]`` at ascending places.
+
+        Raises:
+            FileNotFoundError: There is none at a place.
+        """
+        from PIL import Image
+
+        waiting = list(self.arrays)
+        held: tuple[int, int, NDArray[Any]] = (0, 0, np.zeros(0))
+        for place in places:
+            while waiting and place >= held[1]:
+                start, stop, path = waiting.pop(0)
+                held = (start, stop, np.load(path, mmap_mode="r"))
+            if held[0] <= place < held[1]:
+                yield np.asarray(held[2][place - held[0]], np.float32)
+                continue
+            path = self.pictures / f"{place // 1000:06d}" / f"{place:09d}.png"
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"export: expected the map of row {place} in {path.parent.parent.parent}, got "
+                    "none; give a `model`, which makes it again"
+                )
+            with Image.open(path) as picture:
+                yield (np.asarray(picture) / 255).astype(np.float32)
+
+
+_ARRAY = re.compile(r"masks-(\d+)-(\d+)\.npy")
+
+
+def _stored(job: Job, maps: StoredMaps) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """The ids of the readable images and their score maps, from the maps that were stored."""
+    convention = job.description.convention
+    good = [(place, row) for place, row in enumerate(job.rows()) if row["error"] is None]
+    planes = maps.read(place for place, _ in good)
+    for (_, row), plane in zip(good, planes, strict=True):
+        where = geometry(row["height"], row["width"], convention.size, convention.policy)
+        yield _identity(row["image_id"], job), spread(plane, where, convention.size)
+
+
+def _made(job: Job, model: SaliencyModel) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """The ids of the readable images and their score maps, from the model."""
     convention = job.description.convention
     names = [row["image_id"] for row in job.rows() if row["error"] is None]
     chosen = Subset(job.source, np.array(locate(job.source, names), np.int64))
