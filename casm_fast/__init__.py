@@ -2,7 +2,7 @@
 
 * `train` trains classifier-agnostic saliency maps (CASM) and returns where the results are,
 * `load` opens a trained model: images -> (saliency, logits),
-* `extract` turns image sets into boxes and mask statistics,
+* `extract` turns image sets into boxes and mask statistics, `predict` a single photo,
 * `evaluate` scores them by the paper's conventions,
 * `perturb` finds what a classifier's score needs, by meaningful perturbation,
 * `attribute` makes saliency maps by the comparison methods of both papers,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from casm_fast.attribution import attribute
     from casm_fast.evaluation import Scores, evaluate
     from casm_fast.experiments import reproduce
-    from casm_fast.extraction import ExtractConfig, Extraction, export, extract
+    from casm_fast.extraction import ExtractConfig, Extraction, Prediction, export, extract, predict
     from casm_fast.models import SaliencyModel, load
     from casm_fast.perturbation import Perturbation, PerturbConfig, perturb
     from casm_fast.training import TrainConfig, TrainResult, train
@@ -32,6 +32,7 @@ _HOMES = {
     "ExtractConfig": "extraction",
     "Extraction": "extraction",
     "PerturbConfig": "perturbation",
+    "Prediction": "extraction",
     "Perturbation": "perturbation",
     "SaliencyModel": "models",
     "Scores": "evaluation",
@@ -43,6 +44,7 @@ _HOMES = {
     "extract": "extraction",
     "load": "models",
     "perturb": "perturbation",
+    "predict": "extraction",
     "reproduce": "experiments",
     "train": "training",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "Extraction",
     "PerturbConfig",
     "Perturbation",
+    "Prediction",
     "SaliencyModel",
     "Scores",
     "TrainConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "load",
     "ops",
     "perturb",
+    "predict",
     "reproduce",
     "train",
 ]

@@ -30,12 +30,13 @@ from casm_fast.data.synthetic import SyntheticSource, write_tree
 from casm_fast.evaluation import evaluate
 from casm_fast.experiments import reproduce
 from casm_fast.experiments.reproduction import listing
-from casm_fast.extraction import ExtractConfig, export, extract
+from casm_fast.extraction import ExtractConfig, export, extract, predict
 from casm_fast.extraction.exporting import Category, Format
-from casm_fast.models import open_classifier
+from casm_fast.models import compile_program, export_onnx, export_program, load, open_classifier
 from casm_fast.perturbation import PerturbConfig, perturb_set
 from casm_fast.perturbation.config import Preset
-from casm_fast.report import gallery, report
+from casm_fast.report import browse, gallery, report
+from casm_fast.report.browsing import LIMIT as BROWSED
 from casm_fast.training import TrainConfig, train
 from casm_fast.training.distributed import leads
 
@@ -164,7 +165,8 @@ class Extract(Verb):
     """Find one box per image, and measure its saliency map.
 
     SOURCE is imagenet-val:DIR, imagenet:DIR, coco:DIR, voc:DIR, wsol:METADATA, folder:DIR, a path,
-    or synthetic. The result is a Parquet file with one row per image.
+    or synthetic. The result is a Parquet file, or a folder of them, with one row per image.
+    Interrupted, the same command goes on where it stopped.
 
     Example: casm-fast extract runs/l100 imagenet-val:/data/ILSVRC --output val.parquet
     """
@@ -176,7 +178,7 @@ class Extract(Verb):
     """Images."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("boxes.parquet")
-    """Parquet file to write."""
+    """One .parquet file, or a folder of them."""
 
     config: ExtractConfig = field(default_factory=ExtractConfig)
 
@@ -187,14 +189,39 @@ class Extract(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predict(Verb):
+    """Find the box of one photo, and draw it over its saliency.
+
+    Example: casm-fast predict photo.jpg --model runs/l100
+    """
+
+    photo: tyro.conf.Positional[Path]
+    """Picture file."""
+
+    model: Path
+    """Checkpoint, or the folder of a training run."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
+    """Picture to write (default: the photo's name with -saliency.png, in this folder)."""
+
+    config: ExtractConfig = field(default_factory=ExtractConfig)
+
+    def run(self) -> None:
+        """Predict."""
+        found = predict(self.model, self.photo, self.config)
+        print(found)
+        print(found.save(self.output or Path(f"{self.photo.stem}-saliency.png")))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export(Verb):
-    """Write boxes in the format of another tool: COCO's results, as pycocotools reads them.
+    """Write boxes in the format of another tool.
 
     Example: casm-fast export val.parquet --to coco
     """
 
     boxes: tyro.conf.Positional[Path]
-    """Parquet file of casm-fast extract."""
+    """Parquet file or folder of casm-fast extract."""
 
     to: Format = "coco"
     """Format."""
@@ -203,14 +230,92 @@ class Export(Verb):
     """Category of a result: the class predicted, or the true label (localisation with known
     classes)."""
 
+    pictures: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the pictures, too (voc, yolo, fiftyone)."""
+
+    images: str | None = None
+    """Folder or URL where the pictures will be found (label-studio, fiftyone)."""
+
+    model: Path | None = None
+    """Model whose maps are written (wsol-npy; default: the one that made the boxes)."""
+
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
-    """File to write (default: the name of the boxes with .json)."""
+    """File or folder to write (default: after the boxes)."""
 
     def run(self) -> None:
         """Export."""
-        output = self.output or self.boxes.with_suffix(".json")
-        for path in export(self.boxes, output, to=self.to, category=self.category):
+        for path in export(
+            self.boxes,
+            self.output,
+            to=self.to,
+            category=self.category,
+            pictures=self.pictures,
+            images=self.images,
+            model=self.model,
+        ):
             print(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportModel(Verb):
+    """Write a model for other programs: torch.export's .pt2, or .onnx.
+
+    Example: casm-fast export-model runs/l100 model.onnx
+    """
+
+    model: tyro.conf.Positional[Path]
+    """Checkpoint, or the folder of a training run."""
+
+    output: tyro.conf.Positional[Path]
+    """File to write; its suffix, .pt2 or .onnx, names the format."""
+
+    boxes: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Boxes and areas beside saliency and logits (.pt2; then the reader imports casm_fast)."""
+
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile the .pt2 by AOTInductor for this kind of device."""
+
+    def run(self) -> None:
+        """Export."""
+        suffix = self.output.suffix
+        if suffix not in (".pt2", ".onnx"):
+            raise ValueError(f"output: expected a file .pt2 or .onnx, got {self.output}")
+        if suffix == ".onnx" and (self.boxes or self.compile):
+            raise ValueError(
+                "output: expected .pt2 beside --boxes or --compile, which ONNX has not, "
+                f"got {self.output}"
+            )
+        model = load(self.model)
+        if suffix == ".onnx":
+            print(export_onnx(model, self.output))
+        elif self.compile:
+            print(compile_program(model, self.output, boxes=self.boxes))
+        else:
+            print(export_program(model, self.output, boxes=self.boxes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Browse(Verb):
+    """Write one self-contained HTML page of thumbnails with boxes: filter, sort, enlarge.
+
+    Example: casm-fast browse val.parquet
+    """
+
+    boxes: tyro.conf.Positional[Path]
+    """Parquet file or folder of casm-fast extract."""
+
+    source: str | None = None
+    """Images (default: those that the boxes were made from)."""
+
+    limit: int = BROWSED
+    """Images at most, taken at even distances."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("browse.html")
+    """HTML file to write."""
+
+    def run(self) -> None:
+        """Browse."""
+        print(browse(self.boxes, self.output, self.source, limit=self.limit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +326,7 @@ class Evaluate(Verb):
     """
 
     boxes: tyro.conf.Positional[Path]
-    """Parquet file of casm-fast extract."""
+    """Parquet file or folder of casm-fast extract."""
 
     json: Path | None = None
     """File to write the scores to, as JSON."""
@@ -239,7 +344,7 @@ class Report(Verb):
     """
 
     boxes: tyro.conf.Positional[Path]
-    """Parquet file of casm-fast extract."""
+    """Parquet file or folder of casm-fast extract."""
 
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Folder of the training run, for its curves."""
@@ -523,8 +628,11 @@ VERBS: dict[str, type[Verb]] = {
     "train": Train,
     "extract": Extract,
     "evaluate": Evaluate,
+    "predict": Predict,
     "export": Export,
+    "export-model": ExportModel,
     "report": Report,
+    "browse": Browse,
     "perturb": Perturb,
     "attribute": Attribute,
     "reproduce": Reproduce,
