@@ -27,7 +27,7 @@ from torch import Tensor
 from casm_fast import ops
 from casm_fast.evaluation.asking import ask, passes, targets_of
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.maps import Maps, as_maps
+from casm_fast.evaluation.maps import Maps, as_maps, check_cells
 from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
@@ -117,8 +117,7 @@ def saliency_metric(
     values = as_maps("saliency_metric", maps)
     h, w = values.shape[1:]
     H, W = (images if isinstance(images, Tensor) else images[0]).shape[-2:]
-    if H % h or W % w:
-        raise ValueError(f"maps: expected sides that divide {H} x {W}, got {h} x {w}")
+    check_cells(values, (H, W))
     found, _ = ops.mask_boxes(
         values[:, None].contiguous(),
         rule=rule,

@@ -72,6 +72,21 @@ def as_maps(protocol: str, maps: Maps) -> Tensor:
     return found
 
 
+def check_unit(maps: Tensor) -> None:
+    """Raises ValueError unless all numbers are in [0, 1]."""
+    if len(maps) and (maps.amin() < 0 or maps.amax() > 1):
+        raise ValueError(
+            f"maps: expected numbers in [0, 1], got {maps.amin():g} to {maps.amax():g}"
+        )
+
+
+def check_cells(maps: Tensor, size: tuple[int, int]) -> None:
+    """Raises ValueError unless every cell of the maps covers whole pixels of images ``(H, W)``."""
+    (H, W), (h, w) = size, maps.shape[-2:]
+    if H % h or W % w:
+        raise ValueError(f"maps: expected sides that divide {H} x {W}, got {h} x {w}")
+
+
 def parts(maps: Maps, pixels: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """A few maps at a time.
 

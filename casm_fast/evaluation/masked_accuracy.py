@@ -22,7 +22,7 @@ from torch import Tensor
 from casm_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from casm_fast.evaluation.asking import ask, passes
 from casm_fast.evaluation.intervals import Interval, bootstrap
-from casm_fast.evaluation.maps import Maps, as_maps
+from casm_fast.evaluation.maps import Maps, as_maps, check_cells
 from casm_fast.evaluation.outcomes import PER_IMAGE_LAST, paragraph
 from casm_fast.models.borrowing import Classifies, as_images, borrowed
 
@@ -181,8 +181,7 @@ def marked(maps: Maps, size: tuple[int, int], alpha: float = 1.0) -> Tensor:
     """
     values = as_maps("many_classifiers", maps).double()
     (H, W), (h, w) = size, values.shape[1:]
-    if H % h or W % w:
-        raise ValueError(f"maps: expected sides that divide {H} x {W}, got {h} x {w}")
+    check_cells(values, (H, W))
     level = values.mean(dim=(1, 2), keepdim=True)
     # Rounding must not lift the mean of a constant map above the map.
     level = level.minimum(values.amax(dim=(1, 2), keepdim=True))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casm_fast.evaluation.intervals import HasIntervals, Interval, bootstrap_means
-from casm_fast.evaluation.maps import Maps, as_maps
+from casm_fast.evaluation.maps import Maps, as_maps, check_unit
 from casm_fast.evaluation.outcomes import PER_IMAGE, paragraph
 from casm_fast.models.statistics import Cells, measure
 
@@ -89,10 +89,7 @@ def mask_statistics(maps: Maps, size: tuple[int, int] | None = None) -> MaskStat
     values = as_maps("mask_statistics", maps)
     h, w = values.shape[1:]
     H, W = size or (h, w)
-    if len(values) and (values.amin() < 0 or values.amax() > 1):
-        raise ValueError(
-            f"maps: expected numbers in [0, 1], got {values.amin():g} to {values.amax():g}"
-        )
+    check_unit(values)
     table = measure(values[:, None], Cells.of(h, H), Cells.of(w, W)).cpu().numpy()
     mean, tv, entropy, entropy_full = table.T
     return MaskStatistics(

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from casm_fast.data.geometry import Geometry
 from casm_fast.evaluation.frames import check_count, side_of, to_network
-from casm_fast.evaluation.maps import Maps, as_maps
+from casm_fast.evaluation.maps import Maps, as_maps, check_unit
 from casm_fast.evaluation.outcomes import PER_IMAGE, mean_of, paragraph
 
 if TYPE_CHECKING:
@@ -313,10 +313,7 @@ def part_intensities(
     check_count("image_ids", image_ids, count)
     if geometries is not None:
         check_count("geometries", geometries, count)
-    if count and (values.amin() < 0 or values.amax() > 1):
-        raise ValueError(
-            f"maps: expected numbers in [0, 1], got {values.amin():g} to {values.amax():g}"
-        )
+    check_unit(values)
     place = {image_id: k for k, image_id in enumerate(image_ids)}
     shown = [one for one in keypoints if one.image_id in place]
     owners = np.array([place[one.image_id] for one in shown], np.int64)
