@@ -4,6 +4,7 @@ score has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -280,6 +281,15 @@ def test_the_centred_box_is_the_one_of_the_paper_at_224() -> None:
     assert localization.centred_box(224).tolist() == [33, 33, 191, 191]
     assert localization.centred_box(64).tolist() == [9, 9, 55, 55]
     assert baselines.whole(1, 64).tolist() == [[0, 0, 64, 64]]
+
+
+def test_random_boxes_are_two_choices_of_borders() -> None:
+    for size in (1, 2, SIZE, 224):
+        for name in ("a", "n01440764/ILSVRC2012_val_00000293", "\u00fc"):
+            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
+            rng = np.random.default_rng(seed)
+            x, y = (np.sort(rng.choice(size + 1, 2, replace=False)) for _ in range(2))
+            assert baselines.random([name], size).tolist() == [[x[0], y[0], x[1], y[1]]]
 
 
 def test_random_boxes_depend_on_the_image_alone() -> None:

@@ -6,7 +6,8 @@ The centred box is ``casm_fast.data.localization.centred_box``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,21 @@ def random(image_ids: Sequence[str], size: int) -> NDArray[np.int64]:
     boxes = np.empty((len(image_ids), 4), np.int64)
     for row, image_id in enumerate(image_ids):
         digest = hashlib.blake2b(image_id.encode(), digest_size=16).digest()
-        borders = np.random.default_rng(int.from_bytes(digest, "little"))
-        x0, x1 = np.sort(borders.choice(size + 1, 2, replace=False))
-        y0, y1 = np.sort(borders.choice(size + 1, 2, replace=False))
+        seeded = np.random.PCG64(int.from_bytes(digest, "little"))
+        draw = np.random.Generator(seeded).integers
+        (x0, x1), (y0, y1) = _borders(draw, size), _borders(draw, size)
         boxes[row] = x0, y0, x1, y1
     return boxes
+
+
+def _borders(draw: Callable[[int], Any], size: int) -> tuple[int, int]:
+    """Two different whole numbers from 0 to `size`, the smaller first, by Floyd's algorithm.
+
+    They are those of ``Generator.choice(size + 1, 2, replace=False)``, which takes longer and draws
+    their order last.
+    """
+    first, second = int(draw(size)), int(draw(size + 1))
+    draw(2)
+    if second == first:
+        second = size
+    return min(first, second), max(first, second)

@@ -9,7 +9,7 @@ import dataclasses
 import json as json_module
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -229,7 +229,7 @@ def score(table: pa.Table, description: Description) -> Scores:
 
     truth = [boxes or [] for boxes in readable["gt_net_boxes"].to_pylist()]
     localized = np.array([len(boxes) > 0 for boxes in truth], bool)
-    truth = [boxes for boxes in truth if boxes]
+    truth = [np.array(boxes) for boxes in truth if boxes]
     ids = [
         name
         for name, counts in zip(readable["image_id"].to_pylist(), localized, strict=True)
@@ -339,10 +339,9 @@ def _saliency(table: pa.Table, size: int) -> tuple[Saliency, PerImage]:
     return Saliency(**found, std=std), each
 
 
-def _mean(values: Iterable[Any]) -> float:
+def _mean(values: NDArray[Any]) -> float:
     """Mean that does not depend on the order of the values."""
-    numbers = [float(value) for value in values]
-    return math.fsum(numbers) / len(numbers)
+    return math.fsum(values.tolist()) / len(values)
 
 
 def _without_images(fields: list[tuple[str, Any]]) -> dict[str, Any]:
