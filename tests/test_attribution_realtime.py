@@ -19,11 +19,10 @@ from torch import nn
 import casm_fast
 from casm_fast.attribution import realtime_training
 from casm_fast.attribution.realtime import RealTimeModel, load_real_time, save_real_time
+from casm_fast.attribution.realtime_config import RealTimeConfig
+from casm_fast.attribution.realtime_loss import mask_loss, masked
 from casm_fast.attribution.realtime_training import (
-    RealTimeConfig,
     RealTimeResult,
-    mask_loss,
-    masked,
     train_real_time,
 )
 from casm_fast.data import normalize

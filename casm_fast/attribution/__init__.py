@@ -6,7 +6,8 @@ from casm_fast.attribution.methods import METHODS
 from casm_fast.attribution.pipeline import attribute, find, listing
 from casm_fast.attribution.problem import Method, Problem, Score
 from casm_fast.attribution.realtime import RealTimeModel, load_real_time
-from casm_fast.attribution.realtime_training import RealTimeConfig, train_real_time
+from casm_fast.attribution.realtime_config import RealTimeConfig
+from casm_fast.attribution.realtime_training import train_real_time
 
 __all__ = [
     "METHODS",

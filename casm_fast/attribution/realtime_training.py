@@ -1,20 +1,8 @@
 """`train_real_time`: the network of `casm_fast.attribution.realtime`, for one classifier.
 
 Two phases (the authors' code). In "selector" the class embeddings alone learn to tell the image's
-class from a fake one, by logistic regression. In "masks" they are fixed, and the decoder learns.
-With masks m at the image's size, images x whose hidden part is replaced, and
-``margin(z) = z_label - max of the other logits``::
-
-    destroyed = x (1 - m) + other m,   preserved = x m + other (1 - m)
-    loss = destroyer + 8 mean((m + 0.0005)^0.3) + 0.005 smoothness(m) + 0.3 preserver
-    asked for the image's class:  destroyer = relu(margin(f(destroyed)) + 5)
-                                  preserver = relu(1 - margin(f(preserved)))
-    asked for a fake class:       destroyer = relu(1 - margin(f(destroyed)))
-                                  preserver = relu(margin(f(preserved)) + 1)
-
-Both margins are those of the image's own class: a mask of a fake one has to leave it. The
-smoothness is ``1/2B sum_b [ sum dx^2 + sum dy^2 + 0.3 sum border^2 ]``. What replaces pixels is
-drawn anew for each image and each of its two versions: its own blur, or a random colour with noise.
+class from a fake one, by logistic regression. In "masks" they are fixed, and the decoder learns by
+the loss of `casm_fast.attribution.realtime_loss`.
 
 The loop is made of the training engine's parts: loader, optimiser steps, log, atomic files, stop
 signals. The random numbers of a step belong to the step, not to the steps before it, so that a run
@@ -26,27 +14,25 @@ that was stopped goes on to the same weights, bit by bit on a CPU. One process t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casm_fast import ops
-from casm_fast.attribution.proportion import in_proportion
-from casm_fast.attribution.realtime import FILE_NAME, WIDTH, RealTimeModel, save_real_time
+from casm_fast.attribution.realtime import FILE_NAME, RealTimeModel, save_real_time
+from casm_fast.attribution.realtime_config import PHASES, Phase, RealTimeConfig
+from casm_fast.attribution.realtime_loss import mask_loss
 from casm_fast.data.decoding import DecodeError
-from casm_fast.data.loading import Augment, TrainingBatch, batches_per_epoch, training_batches
+from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_batches
 from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.models.checkpoint import load
@@ -54,181 +40,12 @@ from casm_fast.models.encoder import Encoder
 from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.training.descent import Descent
-from casm_fast.training.objective import smoothness
 from casm_fast.training.progress import RunLog
 from casm_fast.training.state import compare, write_atomically
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["selector", "masks"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-
-# The authors' images lie in [-1, 1] and reach their classifier times two; normalised images have
-# about that range, so that their amplitudes are doubled here.
-DOMAIN = 2.0
-
-# The derivative of m^0.3 has no bound at 0.
-AREA_OFFSET = 0.0005
-
-# 55 taps at sigma 11.
-BLUR_TRUNCATE = 27 / 11
-
 _FREE = ("output", "resume", "device", "workers", "log_interval", "save_interval", "progress")
-
-
-_LEAST: dict[str, float] = {
-    "selector_steps": 0,
-    "mask_steps": 0,
-    "selector_batch": 1,
-    "mask_batch": 1,
-    "selector_decay": 1,
-    "weight_decay": 0,
-    "width": 1,
-    "input_size": 1,
-    "area_weight": 0,
-    "smoothness_weight": 0,
-    "preserver_weight": 0,
-    "destroyer_margin": 0,
-    "preserver_margin": 0,
-    "colour_range": 0,
-    "noise": 0,
-    "image_noise": 0,
-    "seed": 0,
-    "workers": 0,
-    "log_interval": 1,
-    "save_interval": 1,
-}
-
-
-@dataclass(frozen=True)
-class RealTimeConfig:
-    """How a real-time masking network is trained. The defaults are the authors', for ImageNet."""
-
-    output: Path | None = None
-    """The run folder; None: runs/real_time."""
-
-    resume: bool = False
-    """Go on with the run in `output`."""
-
-    selector_steps: int = 8500
-    """Steps of the first phase."""
-
-    mask_steps: int = 3000
-    """Steps of the second phase."""
-
-    selector_batch: int = 128
-    """Images in a step of the first phase."""
-
-    mask_batch: int = 64
-    """Images in a step of the second phase."""
-
-    selector_fakes: float = 0.5
-    """Share of the images that are asked for another class than theirs, in the first phase."""
-
-    mask_fakes: float = 0.3
-    """The same in the second phase."""
-
-    learning_rate: float = 1e-3
-    """Of Adam, in both phases."""
-
-    selector_decay: int = 4000
-    """Steps of the first phase after which its learning rate falls to a tenth."""
-
-    weight_decay: float = 1e-4
-    """Of Adam, as L2."""
-
-    width: int = WIDTH
-    """Channels of the decoder at its finest resolution."""
-
-    input_size: int = 224
-    """Side of the images in pixels."""
-
-    augment: Augment = "imagenet"
-    """What happens to the images, see `casm_fast.data`."""
-
-    area_weight: float = 8.0
-    """Of the masks' area."""
-
-    area_power: float = 0.3
-    """Of each pixel of a mask before their mean."""
-
-    smoothness_weight: float = 0.005
-    """Of the masks' total variation."""
-
-    preserver_weight: float = 0.3
-    """Of the loss on what the masks keep."""
-
-    destroyer_margin: float = 5.0
-    """By how much the class's logit shall fall below another one where it is hidden."""
-
-    preserver_margin: float = 1.0
-    """By how much it shall stand above all others where it is kept."""
-
-    blur_probability: float = 0.5
-    """With which an image's replacement is its blur, and not a colour with noise."""
-
-    blur_sigma: float | None = None
-    """Standard deviation of the blur in pixels; None: 11 on images of 224, in proportion to the
-    diagonal on others."""
-
-    colour_range: float = 0.66 * DOMAIN
-    """Width of the uniform distribution of a random colour around 0, in normalised units."""
-
-    noise: float = 0.11 * DOMAIN
-    """Standard deviation of the noise on that colour, in the same units."""
-
-    image_noise: float = 0.03 * DOMAIN
-    """Standard deviation of the noise on the images themselves."""
-
-    seed: int = 0
-    """Of everything that is drawn."""
-
-    device: str = "auto"
-    """"auto", "cpu", or a GPU."""
-
-    workers: int = 4
-    """Threads that read images."""
-
-    log_interval: int = 50
-    """Steps from one record to the next."""
-
-    save_interval: int = 500
-    """Steps after which the state is saved."""
-
-    progress: bool = True
-    """Show a bar on a terminal."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is computed.
-
-        Raises:
-            ValueError: Naming the field, what was expected and what came.
-        """
-        for name, value in _LEAST.items():
-            if not getattr(self, name) >= value:
-                raise ValueError(
-                    f"{name}: expected a number of at least {value:g}, got {getattr(self, name)}"
-                )
-        for name in ("learning_rate", "area_power"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("selector_fakes", "mask_fakes", "blur_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
-        if self.blur_sigma is not None and not self.blur_sigma >= 0:
-            raise ValueError(f"blur_sigma: expected a number of at least 0, got {self.blur_sigma}")
-
-    def steps(self, phase: Phase) -> int:
-        """Of a phase."""
-        return self.selector_steps if phase == "selector" else self.mask_steps
-
-    def batch(self, phase: Phase) -> int:
-        """Images in a step of a phase."""
-        return self.selector_batch if phase == "selector" else self.mask_batch
-
-    def describe(self) -> dict[str, Any]:
-        """Every field as a JSON value."""
-        return {**dataclasses.asdict(self), "output": str(self.output)}
 
 
 @dataclass(frozen=True)
@@ -288,82 +105,6 @@ def train_real_time(
     folder = _folder(config)
     with stop_requests() as stop:
         return _Run(model.to(device), source, config, folder, stop).finish()
-
-
-def mask_loss(
-    judge: Encoder,
-    images: Tensor,
-    labels: Tensor,
-    real: Tensor,
-    masks: Tensor,
-    config: RealTimeConfig,
-    stream: torch.Generator,
-) -> dict[str, Tensor]:
-    """The loss of the second phase, see the module, and its parts, ``[]`` each.
-
-    Args:
-        judge: The classifier.
-        images: ``[B, 3, H, W]``.
-        labels: Their classes, ``[B]`` int64.
-        real: Which masks were asked of the image's own class, ``[B]`` bool.
-        masks: ``[B, 1, h, w]``.
-        config: Weights and replacements.
-        stream: Draws the replacements.
-    """
-    H, W = images.shape[2:]
-    large = F.interpolate(masks, (H, W), mode="bilinear", align_corners=False)
-    destroyed = _margin(judge(masked(images, 1 - large, config, stream))[0], labels)
-    preserved = _margin(judge(masked(images, large, config, stream))[0], labels)
-    destroyer = torch.where(real, destroyed + config.destroyer_margin, 1 - destroyed)
-    preserver = torch.where(real, config.preserver_margin - preserved, preserved + 1)
-    parts = {
-        "destroyer": destroyer.relu().mean(),
-        "preserver": preserver.relu().mean(),
-        "area": ((large + AREA_OFFSET) ** config.area_power).mean(),
-        "smoothness": smoothness(large, H, W) / 2,
-        "mean_saliency": large.detach().mean(),
-    }
-    parts["loss"] = (
-        parts["destroyer"]
-        + config.area_weight * parts["area"]
-        + config.smoothness_weight * parts["smoothness"]
-        + config.preserver_weight * parts["preserver"]
-    )
-    return parts
-
-
-def masked(images: Tensor, mask: Tensor, config: RealTimeConfig, stream: torch.Generator) -> Tensor:
-    """Images with noise, replaced where the mask is 0 by their blur or by a colour with noise.
-
-    Args:
-        images: ``[B, C, H, W]``.
-        mask: ``[B, 1, H, W]``, 1 keeps.
-        config: Of the replacements.
-        stream: Draws them.
-    """
-    count, channels = images.shape[:2]
-
-    def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=stream, device=like.device, dtype=like.dtype)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=stream, device=images.device, dtype=images.dtype)
-
-    noisy = images + config.image_noise * normal(images)
-    sigma = config.blur_sigma
-    sigma = in_proportion(11.0, images.shape[2:]) if sigma is None else sigma
-    blurred = ops.gaussian_blur(noisy, sigma, BLUR_TRUNCATE)
-    colour = config.colour_range * (uniform(count, channels, 1, 1) - 0.5)
-    plain = colour + config.noise * normal(images)
-    blurs = uniform(count, 1, 1, 1) < config.blur_probability
-    return ops.blend(noisy, torch.where(blurs, blurred, plain), mask)
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the labels' logits stand above the best of the others, ``[B]``."""
-    own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
-    return own - others
 
 
 def _encoder(classifier: Encoder | SaliencyModel | str | Path) -> Encoder:
