@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from casm_fast.attribution import shade
-from casm_fast.attribution import train_real_time
+from casm_fast.attribution import shade, train_real_time
 from casm_fast.data import localization
 from casm_fast.evaluation.weak_localisation import GRIDS
 from casm_fast.experiments.examining import Entry, Examples, explained, pretrained, records, spread
