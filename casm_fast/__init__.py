@@ -49,6 +49,9 @@ _HOMES = {
     "train": "training",
 }
 
+_PARTS = {"ops", "experiments", "report", *_HOMES.values(), "data"}
+"""Packages that are there as attributes without an import of their own."""
+
 __all__ = [
     "ExtractConfig",
     "Extraction",
@@ -74,8 +77,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("casm_fast.ops")
+    if name in _PARTS:
+        return importlib.import_module(f"casm_fast.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'casm_fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"casm_fast.{_HOMES[name]}"), name)

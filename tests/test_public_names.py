@@ -18,6 +18,13 @@ def test_every_public_name_is_there(name):
     assert getattr(casm_fast, name) is not None
 
 
+def test_parts_need_no_import_of_their_own():
+    parts = ["attribution", "data", "evaluation", "experiments", "models", "ops", "report"]
+    program = f"import casm_fast; print([getattr(casm_fast, p).__name__ for p in {parts}])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == str([f"casm_fast.{part}" for part in parts]), run.stderr
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="module 'casm_fast' has no attribute 'tarin'"):
         _ = casm_fast.tarin
