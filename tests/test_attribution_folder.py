@@ -59,6 +59,14 @@ def test_maps_are_those_of_attribute(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "images" / f"{file.name}.png").stat().st_size > 1000
 
 
+def test_a_run_s_own_saliency_is_a_method(place: Path, tmp_path: Path) -> None:
+    classifier = open_classifier(place / "model.safetensors")
+    source = f"folder:{place / 'tree' / 'val'}"
+    made = attribute_set(classifier, source, tmp_path, ["casm"], figures=False, progress=False)
+    assert made.done == 5
+    assert all({*row["peaks"]} == {"casm"} for row in made.rows)
+
+
 def test_goes_on_behind_the_last_row(place: Path, tmp_path: Path) -> None:
     classifier = open_classifier(place / "model.safetensors")
     source = f"folder:{place / 'tree' / 'val'}"

@@ -132,7 +132,8 @@ def attribute_set(
     waiting = [index for index in range(len(images)) if images.image_id(index) not in known]
     todo = Subset(images, waiting)
     home = next(classifier.network.parameters()).device
-    classifier.network.to(where)
+    whole = classifier.saliency or classifier.network
+    whole.to(where)
     active = list(METHODS) if "all" in methods else list(methods)
 
     def make(pixels: Tensor, targets: list[int]) -> dict[str, Tensor]:
@@ -140,9 +141,10 @@ def attribute_set(
         made = {}
         for name in tuple(active):
             try:
+                own = classifier.saliency if name == "casm" else None
                 made[name] = attribute(
                     name,
-                    classifier.network,
+                    classifier.network if own is None else own,
                     pixels,
                     asked,
                     score=score,
@@ -189,7 +191,7 @@ def attribute_set(
                 journal.add(fresh)  # pictures and maps are there by now
                 bar.update(len(fresh))
     finally:
-        classifier.network.to(home)
+        whole.to(home)
     return AttributedSet(journal.folder, tuple(journal.rows), len(waiting))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from casm_fast.models import checkpoint
 from casm_fast.models.borrowing import as_logits
 from casm_fast.models.encoder import build_encoder
-from casm_fast.models.saliency import IMAGENET_MEAN, IMAGENET_STD, ResizePolicy
+from casm_fast.models.saliency import IMAGENET_MEAN, IMAGENET_STD, ResizePolicy, SaliencyModel
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Classifier:
         mean: Of the normalisation.
         std: Of the normalisation.
         classes: Names by label; () when unknown.
+        saliency: The CASM model that it belongs to, where it was opened from a checkpoint.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Classifier:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    saliency: SaliencyModel | None = None
 
     def numbers(self, labels: Sequence[int], names: Sequence[str], images: str) -> list[int]:
         """Which logit each label of a set of images means.
@@ -113,6 +115,7 @@ def open_classifier(
             model.mean,
             model.std,
             model.classes,
+            model,
         )
     network = build_encoder(str(name), classes=classes, weights=weights).backbone.eval()
     names: tuple[str, ...] = ()
