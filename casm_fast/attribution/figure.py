@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def comparison(
             place = axes[row, number] if B > 1 else axes[divmod(number, across)]
             place.imshow(shown[row], interpolation="nearest")
             if row == 0:
-                place.set_title(name, fontsize=9)
+                place.set_title(textwrap.fill(name, 22), fontsize=9)
     for row, title in enumerate(titles):
         axes[row, 0].set_title(title, fontsize=8)
     path = Path(path)
