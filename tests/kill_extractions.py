@@ -2,7 +2,8 @@
 
     python tests/kill_extractions.py --kills 30
 
-Every extraction is begun and killed, and begun again with the same arguments, until it comes
+First at the moments when a single file is put together and its parts are removed, one by one. Then
+every extraction is begun and killed, and begun again with the same arguments, until it comes
 through; then its table must be that of an uninterrupted run, row for row, and a part that was there
 when a run began must be the same file when it ended. Folders and single files take turns. Runs are
 forks of one process that has loaded everything and computed nothing, so that a kill costs no time.
@@ -16,6 +17,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -73,12 +75,31 @@ def run(model: SaliencyModel, output: Path) -> None:
     )  # fmt: skip
 
 
-def forked(model: SaliencyModel, output: Path, life: float) -> bool:
+def killing(function: Any, call: int) -> Any:
+    """The function, but its process dies at a call of it."""
+    calls = 0
+
+    def fatal(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    return fatal
+
+
+def forked(
+    model: SaliencyModel, output: Path, life: float, moment: tuple[Any, str, int] | None = None
+) -> bool:
     """Runs in a child for at most so many seconds; whether it came through."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            if moment:
+                owner, name, call = moment
+                setattr(owner, name, killing(getattr(owner, name), call))
             run(model, output)
             code = 0
         finally:
@@ -87,12 +108,26 @@ def forked(model: SaliencyModel, output: Path, life: float) -> bool:
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            if status:
+            if status not in (0, signal.SIGKILL):
                 raise SystemExit(f"a run failed by itself, with status {status}")
-            return True
+            return not status
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1] == 0
+
+
+PARTS = IMAGES // PART
+MOMENTS = (  # owner, function, call
+    (Path, "unlink", 1),  # a part is there
+    (Path, "unlink", PARTS),  # all are
+    (pyarrow.parquet.ParquetWriter, "write_table", 2),  # the file has a part's rows
+    (Path, "unlink", PARTS + 1),  # it is there
+    (Path, "unlink", PARTS + 2),  # and its parts are, without one, without half of them, ...
+    (Path, "unlink", PARTS + 3),
+    (Path, "unlink", PARTS + PARTS // 2),
+    (Path, "unlink", PARTS + PARTS + 2),
+    (shutil, "rmtree", 1),  # ... the claim alone
+)
 
 
 def identities(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -120,6 +155,12 @@ def main() -> None:
         assert forked(model, Path(place, "whole"), math.inf)
         life = time.monotonic() - started
         whole = predictions.read(Path(place, "whole"))[0]
+        for number, moment in enumerate(MOMENTS):
+            output = Path(place, f"at {number}.parquet")
+            assert not forked(model, output, math.inf, moment), moment
+            assert forked(model, output, math.inf)
+            tables.append(predictions.read(output)[0])
+        assert not (hidden := [name for name in os.listdir(place) if name.startswith(".")]), hidden
         while kills < options.kills:
             single = extractions % 2 == 1
             output = Path(place, f"{extractions}.parquet" if single else f"{extractions}")
@@ -132,7 +173,7 @@ def main() -> None:
                 kills += not through
                 after = identities(folder)
                 unfinished += sum(name.suffix == ".tmp" for name in folder.glob(".*"))
-                if not (through and single):  # a single file removes its parts
+                if not (single and output.exists()):  # a single file removes its parts
                     changed = [path.name for path in before if before[path] != after.get(path)]
                     assert not changed, f"made again: {changed}"
             life *= 0.8 if tries == 1 else 1.2 if tries > 5 else 1  # the machine is never the same

@@ -13,6 +13,7 @@ the same folder do not disturb each other.
 | `part-000000000-000008192.parquet` | rows of these places |
 | `masks-000000000-000008192.npy` | their saliency maps, when they are kept; written first |
 | `.part-...tmp` | a part that is being written, or was when a run was killed |
+| `.merged.tmp` | of the working folder of a single file: the file that is being written |
 | `.lock` | nothing; byte k of it is locked by the run that fills place k |
 """
 
@@ -25,6 +26,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -71,10 +73,16 @@ def masks_file(folder: Path, start: int, stop: int) -> Path:
 
 
 @contextmanager
-def unfinished(path: Path) -> Iterator[IO[bytes]]:
-    """A file under another name that takes its own when all of it is on the disk."""
+def unfinished(path: Path, other: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file under another name that takes its own when all of it is on the disk.
+
+    Args:
+        path: Its own name; the folder is made.
+        other: The name until then, on the same file system; None for one beside it that no other
+            process uses, and that stays there when this one is killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    other = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    other = other or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with other.open("wb") as stream:
             yield stream
@@ -94,6 +102,19 @@ def is_folder(path: str | Path) -> bool:
 def working_folder(file: Path) -> Path:
     """Where the parts of a single file lie until it is complete: hidden, beside it."""
     return file.with_name(f".{file.name}.parts")
+
+
+def merged_file(folder: Path) -> Path:
+    """Where the rows of a working folder are put together: what a kill leaves goes with it."""
+    return folder / ".merged.tmp"
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder of parts, its claim last: what a kill leaves can be claimed again."""
+    for name in os.listdir(folder):
+        if name != CLAIM:
+            (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def listed(folder: Path) -> list[Part]:

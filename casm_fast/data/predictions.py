@@ -299,7 +299,7 @@ def merge(folder: Path, span: range, path: Path) -> Path:
     descriptions = [description_of(pq.read_schema(part.path), str(part.path)) for part in parts]
     whole = schema().with_metadata({_KEY: _agreed(descriptions, folder).to_json()})
     with (
-        folders.unfinished(path) as stream,
+        folders.unfinished(path, folders.merged_file(folder)) as stream,
         pq.ParquetWriter(stream, whole, compression=CODEC) as writer,
     ):
         for part in parts:

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import multiprocessing
 import platform
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -200,7 +199,7 @@ def extract(
         else:
             with writing(path):
                 predictions.merge(folder, span, path)
-            shutil.rmtree(folder)
+            parts.remove(folder)
             read = functools.partial(_table, predictions.read, path)
 
     if errors:
@@ -332,7 +331,7 @@ def _settings(
 def _remove_if_empty(folder: Path) -> None:
     """Removes the working folder of a file when no part of it was written."""
     if folder.is_dir() and not parts.listed(folder):
-        shutil.rmtree(folder)
+        parts.remove(folder)
 
 
 @contextmanager
