@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_extraction import CONVENTION, Painted, Pixels, pictures, truth_boxes
-from torch import Tensor
+from torch import Tensor, nn
 
 from casm_fast.data.synthetic import generate
 from casm_fast.extraction import Extractor, extract, local
@@ -116,11 +116,38 @@ def nearly_equal(one: Any, other: Any) -> None:
         np.testing.assert_allclose(one[name].to_numpy(), other[name].to_numpy(), atol=5e-6)
 
 
-def test_channels_last_gives_the_same_numbers_but_for_rounding() -> None:
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"fold": True}, {}])
+def test_faster_networks_give_the_same_numbers_but_for_rounding(options: dict[str, bool]) -> None:
     torch.manual_seed(0)
     model = build_model("compact", classes=3, input_size=32)
     source = generate(20, size=32, classes=3)
-    nearly_equal(extract(model, source).table, extract(model, source, channels_last=True).table)
+    plain = {"channels_last": False, "fold": False}
+    expected = extract(model, source, **plain).table
+    nearly_equal(
+        expected, extract(model, source, **({**plain, **options} if options else {})).table
+    )
+
+
+def test_channels_lie_last_where_that_is_faster() -> None:
+    def chosen(device: str, **options: Any) -> bool:
+        return local.channels_last(torch.device(device), ExtractConfig(**options))
+
+    assert chosen("cpu")
+    assert not chosen("cpu", channels_last=False)
+    assert not chosen("cuda")
+    assert chosen("cuda", amp="bf16")
+    assert chosen("cuda", channels_last=True)
+
+
+def test_an_extraction_runs_a_folded_network_unless_told_not_to() -> None:
+    model = build_model("compact", classes=3, input_size=32).eval()
+
+    def norms(**options: Any) -> int:
+        extractor = local.extractor(model, CONVENTION, CPU, ExtractConfig(**options))
+        return sum(isinstance(module, nn.BatchNorm2d) for module in extractor.model.modules())
+
+    assert norms() == 0
+    assert norms(fold=False) == sum(isinstance(one, nn.BatchNorm2d) for one in model.modules()) > 0
 
 
 def test_a_compiled_network_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,8 +78,12 @@ class ExtractConfig:
     amp: Precision = "off"
     """Mixed precision of the network's forward pass; everything after it is float32 or better."""
 
-    channels_last: bool = False
-    """Images with their channels last in memory: faster with amp on a GPU, the same boxes but for
+    channels_last: bool | None = None
+    """Images with their channels last in memory; else on a CPU, and on a GPU with amp, where
+    convolutions are faster so. The same boxes but for rounding."""
+
+    fold: bool = True
+    """Fold batch norms into the convolutions before them: faster, the same boxes but for
     rounding."""
 
     compile: bool = False

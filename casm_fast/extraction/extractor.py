@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -248,15 +249,27 @@ class Extractor:
 
     def _network(self, images: Tensor) -> tuple[Tensor, Tensor]:
         batch = normalize(images, self.model.mean, self.model.std)
-        if self.channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last)
         count = len(batch)
         if self.static is not None and count < self.static:
             batch = torch.cat([batch, batch.new_zeros(self.static - count, *batch.shape[1:])])
+        if self.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype=dtype, enabled=self.amp != "off"):
+        frozen = self.static is not None and self.device.type == "cpu"
+        with (
+            torch.autocast(self.device.type, dtype=dtype, enabled=self.amp != "off"),
+            _frozen() if frozen else nullcontext(),
+        ):
             saliency, logits = self.model(batch)
         return saliency[:count].float(), logits[:count].float()
+
+
+def _frozen() -> AbstractContextManager[None]:
+    """What is compiled meanwhile takes weights as constants, laid out for oneDNN's kernels once."""
+    from torch._inductor import config  # seconds
+
+    patch: AbstractContextManager[None] = config.patch(freezing=True)
+    return patch
 
 
 @functools.lru_cache

@@ -18,6 +18,7 @@ from casm_fast.extraction.extractor import Extractor, Launched, device_name
 from casm_fast.extraction.masks import spread
 from casm_fast.extraction.rows import Naming, Truth, batch_table, label_numbers, true_boxes
 from casm_fast.extraction.writer import Rows
+from casm_fast.models.folding import folded
 from casm_fast.models.memory import budget, footprint
 from casm_fast.models.saliency import SaliencyModel
 
@@ -36,11 +37,25 @@ def extractor(
     model: SaliencyModel, convention: Convention, device: torch.device, config: ExtractConfig
 ) -> Extractor:
     """The extractor of a model that is in eval mode and on the device."""
-    network: Any = torch.compile(model, dynamic=False) if config.compile else model
+    last = channels_last(device, config)
+    network: Any = model
+    if config.fold:
+        side = convention.size
+        images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        network = folded(model, images.to(device))
+    if last:
+        network.to(memory_format=torch.channels_last)
     static = config.batch_size if config.compile else None
-    return Extractor(
-        network, convention, device, config.amp, config.channels_last, static, masks=config.masks
-    )
+    if config.compile:
+        network = torch.compile(network, dynamic=False)
+    return Extractor(network, convention, device, config.amp, last, static, masks=config.masks)
+
+
+def channels_last(device: torch.device, config: ExtractConfig) -> bool:
+    """Whether images lie with their channels last: as asked for, else where that is faster."""
+    if config.channels_last is not None:
+        return config.channels_last
+    return device.type == "cpu" or config.amp != "off"
 
 
 def batch_size(model: SaliencyModel, size: int, device: torch.device, images: int) -> int:

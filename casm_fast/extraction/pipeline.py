@@ -149,7 +149,7 @@ def extract(
     weights = checkpoint.fingerprint(model)
 
     with ExitStack() as stack:
-        stack.enter_context(borrowed(model, device, config.channels_last))
+        stack.enter_context(borrowed(model, device))
         fitting = config.batch_size or local.batch_size(model, convention.size, device, total)
         notes, stop = {"batch_size": fitting}, StopRequest()
         if folder is not None:
@@ -335,7 +335,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 @contextmanager
-def borrowed(model: torch.nn.Module, device: torch.device, channels_last: bool) -> Iterator[None]:
+def borrowed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """The model in eval mode on ``device``; afterwards it has its own tensors and modes again."""
     training = [module for module in model.modules() if module.training]
     weights = [(parameter, parameter.data) for parameter in model.parameters()]
@@ -346,8 +346,6 @@ def borrowed(model: torch.nn.Module, device: torch.device, channels_last: bool) 
     ]
     try:
         model.eval().to(device)
-        if channels_last:
-            model.to(memory_format=torch.channels_last)
         yield
     finally:
         for parameter, own in weights:

@@ -157,8 +157,8 @@ def predict(
     convention = convention_of(model, config)
     where = geometry(image.shape[0], image.shape[1], convention.size, convention.policy)
     square = torch.from_numpy(resize(image, convention.size, convention.policy).copy())[None]
-    with borrowed(model, device, config.channels_last), torch.inference_mode():
-        extractor = Extractor(model, convention, device, config.amp, config.channels_last)
+    with borrowed(model, device), torch.inference_mode():
+        extractor = Extractor(model, convention, device, config.amp)
         saliency, logits = extractor.forward(square)
         none = np.zeros((0, 4), np.int64), np.zeros(0, np.int64)
         found = extractor.measure(saliency, logits, convention.size, *none).measurements()
