@@ -13,11 +13,13 @@ def main() -> int:
     """Runs the command line and returns its exit code."""
     try:
         from casm_fast import cli
+        from casm_fast.models.memory import keep_freed
     except ImportError as error:
         if not str(error).startswith("casm_fast: "):
             raise
         sys.stderr.write(f"{error}\n")
         return 1
+    keep_freed()
     return cli.main()
 
 

@@ -178,6 +178,19 @@ def test_ray_gives_the_rows_of_the_local_engine(
     assert there.table.equals(here.table.replace_schema_metadata(there.table.schema.metadata))
     assert there.table["image_id"].to_pylist() == [f"val-{k:06d}" for k in range(10, 20)]
 
+    # Maps beside the rows, masks in them.
+    for kind in ("npy", "png", "rle"):
+        here, there = (
+            extract(loaded, val, tmp_path / f"{kind}-{engine}", engine=engine, masks=kind, limit=7)
+            for engine in ("local", "ray")
+        )
+        assert here.table.to_pylist() == there.table.to_pylist()
+        kept = [path for path in (tmp_path / f"{kind}-local").rglob("*") if "masks" in path.name]
+        assert bool(kept) == (kind != "rle")
+        for path in kept:
+            other = tmp_path / f"{kind}-ray" / path.relative_to(tmp_path / f"{kind}-local")
+            assert path.is_dir() or path.read_bytes() == other.read_bytes()
+
     # Images that cannot be sent.
     object.__setattr__(val, "lock", threading.Lock())
     with pytest.raises(ValueError, match=r"^engine: expected images and a model that can be sent"):

@@ -1,18 +1,28 @@
-"""Saliency maps beside the rows: the network's own, one per row, there before the rows are."""
+"""Maps beside the rows, the network's own, there before the rows are; masks in the rows."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from scipy import ndimage
 from test_extraction_output import IMAGES, Watched, fail, run
 
-from casm_fast.data import parts
+import casm_fast
+from casm_fast import ops
+from casm_fast.data import parts, predictions
+from casm_fast.data.geometry import geometry
+from casm_fast.data.predictions import Convention
 from casm_fast.extraction import ExtractConfig
-from casm_fast.extraction.masks import picture_file
+from casm_fast.extraction.masks import boxed, picture_file, run_lengths
 
 
 def expected(source: Watched) -> np.ndarray:
@@ -82,8 +92,106 @@ def test_where_maps_cannot_be_kept(tmp_path: Path) -> None:
         assert str(caught.value) == (
             f"masks: expected a folder as output to keep them in, got {got}"
         )
-    message = "masks: expected off with the engine ray, which brings back rows alone, got 'png'"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        ExtractConfig(masks="png", engine="ray")
-    with pytest.raises(ValueError, match=r"^masks: expected one of off, npy, png, got 'gif'$"):
+    with pytest.raises(ValueError, match=r"^masks: expected one of off, npy, png, rle, got 'gif'$"):
         ExtractConfig(masks="gif")  # type: ignore[arg-type]
+
+
+# --- run lengths ----------------------------------------------------------------------------------
+
+
+def tight(mask: np.ndarray) -> list[int]:
+    """The extent of what is set."""
+    if not mask.any():
+        return [0, 0, 0, 0]
+    y, x = np.nonzero(mask)
+    return [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("component", ["largest", "all"])
+@pytest.mark.parametrize(("rule", "alpha"), [
+    ("mean", 1.0), ("mean", 1e9), ("area", 1.0), ("value", 0.5), ("value", 0.0), ("energy", 0.9),
+])  # fmt: skip
+def test_what_a_box_is_drawn_around(
+    rule: str, alpha: float, component: str, connectivity: Literal[4, 8]
+) -> None:
+    """Few levels, so that many pixels are equal; not a number here and there; two of one size."""
+    chance = torch.Generator().manual_seed(3)
+    maps = (torch.rand(64, 1, 9, 7, generator=chance) * 5).round() / 5
+    maps[::8, 0, 2] = torch.nan
+    maps[1] = 0.25
+    maps[2] = torch.nan
+    maps[3], maps[3, 0, 1:3, 1:3], maps[3, 0, 5:7, 3:5] = 0, 1, 1
+    convention = Convention(36, "crop", rule, alpha, component, connectivity)
+    found = boxed(maps, convention)
+    boxes, area = ops.mask_boxes(
+        maps, rule=rule, alpha=alpha, component=component, connectivity=connectivity
+    )
+    assert [tight(one) for one in found[:, 0].numpy()] == boxes.tolist()
+    assert found.sum((1, 2, 3)).tolist() == area.tolist()
+    for one, kept in zip(found[:, 0].numpy(), maps[:, 0].numpy(), strict=True):
+        if component == "largest":  # SciPy sees one component
+            shape = np.ones((3, 3)) if connectivity == 8 else None
+            assert ndimage.label(one, shape)[1] <= 1
+        if one.any():  # and nothing that is higher was left out but other components
+            lowest = kept[one].min()
+            assert component == "largest" or not (kept[~one] >= lowest).any()
+
+
+@pytest.mark.parametrize("policy", ["crop", "squash"])
+def test_run_lengths_are_of_the_original_pixels(policy: Literal["crop", "squash"]) -> None:
+    """Pixel by pixel: the cell at its centre, nothing beyond the crop; read by pycocotools."""
+    codec = pytest.importorskip("pycocotools.mask", reason="needs casm_fast[eval]")
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 2, (3, 8, 8), np.uint8)
+    places = [geometry(*size, 32, policy) for size in ((32, 32), (50, 37), (21, 90))]
+    for counts, cells, where in zip(run_lengths(maps, places, 32), maps, places, strict=True):
+        mask = codec.decode({"size": [where.height, where.width], "counts": counts})
+        assert mask.shape == (where.height, where.width)
+        for y, x in np.ndindex(*mask.shape):
+            v = math.floor((y + 0.5) * where.scale_y - where.offset_y)
+            u = math.floor((x + 0.5) * where.scale_x - where.offset_x)
+            inside = 0 <= v < 32 and 0 <= u < 32
+            assert mask[y, x] == (cells[v // 4, u // 4] if inside else 0)
+
+
+@pytest.mark.parametrize("name", ["out", "boxes.parquet"])
+def test_masks_in_the_rows(name: str, tmp_path: Path) -> None:
+    codec = pytest.importorskip("pycocotools.mask", reason="needs casm_fast[eval]")
+    plain = run(Watched(), None).table
+    made = run(Watched(), tmp_path / name, masks="rle")
+    assert made.table.drop_columns("rle").to_pylist() == plain.to_pylist()
+    assert run(Watched(), None, masks="rle").table["rle"].equals(made.table["rle"])
+    for row in made.table.to_pylist():
+        assert (row["rle"] is None) == (row["error"] is not None)
+        if row["rle"]:
+            mask = codec.decode({"size": [row["height"], row["width"]], "counts": row["rle"]})
+            assert tight(mask) == [row[corner] for corner in ("x0", "y0", "x1", "y1")]
+            assert mask.sum() == row["area"]
+    results = casm_fast.export(tmp_path / name, tmp_path / "results.json", to="coco")[0]
+    exported = json.loads(results.read_text())
+    masks = [row["rle"] for row in made.table.to_pylist() if row["rle"]]
+    assert [one["segmentation"]["counts"] for one in exported] == masks
+    coco = pytest.importorskip("pycocotools.coco")
+    loaded = coco.COCO(tmp_path / "results.instances.json").loadRes(str(results))
+    for one in loaded.dataset["annotations"]:
+        x, y, width, height = one["bbox"]
+        assert tight(loaded.annToMask(one)) == [x, y, x + width, y + height]
+
+
+def test_shards_with_and_without_masks_do_not_mix(tmp_path: Path) -> None:
+    run(Watched(), tmp_path / "boxes.parquet", masks="rle", shard="1/2")
+    run(Watched(), tmp_path / "boxes.parquet", shard="2/2")
+    message = "expected parts that agree, got some without masks"
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*: {message}$"):
+        predictions.read(tmp_path / "boxes.parquet")
+
+
+def test_without_pycocotools_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = (
+        "masks: expected pycocotools, which encodes run lengths, but it is not installed: "
+        "pip install 'casm_fast[eval]'"
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
+        ExtractConfig(masks="rle")

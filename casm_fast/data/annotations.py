@@ -49,7 +49,7 @@ class VocAnnotation:
     difficult: tuple[bool, ...]
 
 
-def read_annotation(path: Path) -> Annotation:
+def read_annotation(path: str | Path) -> Annotation:
     """Reads the objects of an XML file of ImageNet.
 
     xmin, ymin, xmax, ymax are taken as they stand for a half-open box, the convention of the CASM
@@ -57,6 +57,7 @@ def read_annotation(path: Path) -> Annotation:
     which differs by at most one pixel a side.)
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file is not such XML; the message names it.
     """
     try:
@@ -108,8 +109,9 @@ def _half_open(bounds: list[float], width: int, height: int) -> tuple[int, int, 
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else (0, 0, 0, 0)
 
 
-def _root(path: Path) -> ElementTree.Element:
-    return ElementTree.fromstring(path.read_bytes())
+def _root(path: str | Path) -> ElementTree.Element:
+    with open(path, "rb", buffering=0) as file:
+        return ElementTree.fromstring(file.read())
 
 
 def _bounds(thing: ElementTree.Element) -> list[float]:

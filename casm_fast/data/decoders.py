@@ -30,11 +30,12 @@ DecoderName = Literal["auto", "pillow", "torchcodec"]
 """What decodes JPEG files; "auto" is TorchCodec where it is installed and gives Pillow's pixels."""
 
 
-def choose_decoder(name: DecoderName = "auto") -> Decoder:
+def choose_decoder(name: DecoderName = "auto", draft: int | None = None) -> Decoder:
     """The function that reads image files.
 
     Args:
         name: "auto", "pillow" or "torchcodec".
+        draft: Shorter side that pictures will be scaled down to, see `decoding.decode_bytes`.
 
     Returns:
         A function of a path, safe to call from several threads and to pickle.
@@ -43,14 +44,21 @@ def choose_decoder(name: DecoderName = "auto") -> Decoder:
         ImportError: TorchCodec is asked for and cannot be loaded.
         ValueError: Another name.
     """
+    if draft is not None:
+        return functools.partial(_read, choose_content_decoder(name, draft))
     return decode_with_torchcodec if _torchcodec_chosen(name) else decoding.decode
 
 
-def choose_content_decoder(name: DecoderName = "auto") -> ContentDecoder:
+def _read(decoder: ContentDecoder, path: Path) -> NDArray[np.uint8]:
+    return decoder(decoding.read_file(path), str(path))
+
+
+def choose_content_decoder(name: DecoderName = "auto", draft: int | None = None) -> ContentDecoder:
     """The same for the content of image files that is in memory already.
 
     Args:
         name: As `choose_decoder`.
+        draft: As `choose_decoder`.
 
     Returns:
         A function of the content and of what an error calls it.
@@ -59,9 +67,8 @@ def choose_content_decoder(name: DecoderName = "auto") -> ContentDecoder:
         ImportError: TorchCodec is asked for and cannot be loaded.
         ValueError: Another name.
     """
-    if _torchcodec_chosen(name):
-        return functools.partial(decoding.decode_bytes, jpeg=_decode_jpeg)
-    return decoding.decode_bytes
+    jpeg = _decode_jpeg if _torchcodec_chosen(name) else None
+    return functools.partial(decoding.decode_bytes, jpeg=jpeg, draft=draft)
 
 
 def describe_decoder(name: DecoderName = "auto") -> str:

@@ -22,7 +22,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,30 @@ _BAD_DATA = (
     MemoryError, RuntimeError, AttributeError, struct.error, zlib.error,
 )  # fmt: skip
 
+DRAFT_GAP = 2
+"""Times the size that is wanted that a drafted picture has at least: the rest of the way down is
+bilinear with antialiasing, like all of it without a draft."""
+
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 class DecodeError(ValueError):
     """A file is not a picture that can be read; the message names it and says why."""
+
+
+class Reduced(np.ndarray[Any, np.dtype[np.uint8]]):
+    """Pixels ``[h, w, 3]`` of a picture that was decoded at a fraction of its size.
+
+    Attributes:
+        full_size: (height, width) of the picture, upright.
+    """
+
+    full_size: tuple[int, int]
+
+
+def size_of(image: NDArray[np.uint8]) -> tuple[int, int]:
+    """(height, width) of a picture, also where its pixels are fewer."""
+    return image.full_size if isinstance(image, Reduced) else image.shape[:2]
 
 
 def decode(path: Path) -> NDArray[np.uint8]:
@@ -73,7 +92,10 @@ def read_file(path: Path) -> bytes:
 
 
 def decode_bytes(
-    data: bytes, name: str, jpeg: Callable[[bytes], NDArray[np.uint8]] | None = None
+    data: bytes,
+    name: str,
+    jpeg: Callable[[bytes], NDArray[np.uint8]] | None = None,
+    draft: int | None = None,
 ) -> NDArray[np.uint8]:
     """Decodes an image file that is already in memory.
 
@@ -82,9 +104,11 @@ def decode_bytes(
         name: What an error calls it.
         jpeg: Decodes upright 8-bit grey or RGB JPEG files in Pillow's stead, ``[H, W, 3]``; Pillow
             decodes what it refuses with a RuntimeError, so that errors are Pillow's too.
+        draft: Shorter side that the picture will be scaled down to. JPEG files at least
+            2 `DRAFT_GAP` times as large are decoded at a fraction of their size, by Pillow.
 
     Returns:
-        ``[H, W, 3]`` uint8 RGB.
+        ``[H, W, 3]`` uint8 RGB; a `Reduced` one where fewer pixels were decoded.
 
     Raises:
         DecodeError: The data is truncated, too large or no image.
@@ -96,6 +120,9 @@ def decode_bytes(
             pixels = image.width * image.height
             limit = Image.MAX_IMAGE_PIXELS
             if limit is None or pixels <= limit:
+                least = 0 if draft is None else DRAFT_GAP * draft
+                if least and image.format in ("JPEG", "MPO") and min(image.size) >= 2 * least:
+                    return _reduced(image, least)
                 if jpeg is not None and _is_plain_jpeg(image):
                     with contextlib.suppress(RuntimeError):
                         return jpeg(data)
@@ -114,6 +141,16 @@ def decode_bytes(
         f"cannot decode {name}: it has {pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS "
         f"({limit}); raise that limit if the file is trusted"
     )
+
+
+def _reduced(image: Image.Image, least: int) -> NDArray[np.uint8]:
+    """A JPEG file at 1/2, 1/4 or 1/8 of its size, no side below `least`."""
+    width, height = image.size
+    swapped = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+    image.draft(None, (least, least))
+    pixels = _upright_rgb(image).view(Reduced)
+    pixels.full_size = (width, height) if swapped else (height, width)
+    return pixels
 
 
 def _upright_rgb(image: Image.Image) -> NDArray[np.uint8]:

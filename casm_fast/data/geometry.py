@@ -110,6 +110,23 @@ def to_original(geometries: Sequence[Geometry], boxes: NDArray[Any]) -> NDArray[
     return result
 
 
+def cells_of(pixels: int, scale: float, offset: float, size: int, cells: int) -> NDArray[np.int64]:
+    """Where the pixels of a picture lie in a map of the network's square, along one axis.
+
+    Args:
+        pixels: Of the picture.
+        scale: Network pixels per pixel, see `Geometry`.
+        offset: Network pixels cut off in front.
+        size: Side of the square, in network pixels.
+        cells: Of the map.
+
+    Returns:
+        ``[pixels]``, the cell at the centre of each pixel; -1 beyond the square.
+    """
+    network = np.floor((np.arange(pixels) + 0.5) * scale - offset).astype(np.int64)
+    return np.where((network >= 0) & (network < size), network * cells // size, -1)
+
+
 def _numbers(geometries: Sequence[Geometry]) -> NDArray[np.float64]:
     """``[3, n, 4]`` scale, offset and side along x and y, for the corners (x, y, x, y)."""
     rows = [(g.scale_x, g.scale_y, g.offset_x, g.offset_y, g.width, g.height) for g in geometries]

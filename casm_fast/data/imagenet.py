@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -195,7 +196,8 @@ class ImageNetSource:
         if annotation is None:
             return _NO_BOXES
         wnid = self.classes[self._labels[index]]
-        return annotation.boxes[[name == wnid for name in annotation.names]]
+        same = [name == wnid for name in annotation.names]
+        return annotation.boxes if all(same) else annotation.boxes[same]
 
     @cached_property
     def found(self) -> str:
@@ -241,15 +243,19 @@ class ImageNetSource:
 
     def _annotation(self, index: int) -> Annotation | None:
         stem = self._stem(index)
-        if self.annotations is not None:
-            # Beside the image's own folder, or wherever the set of val's files has it.
-            parent = self.files[index].rpartition("/")[0]
-            places = [f"{stem}.xml", f"{parent}/{stem}.xml"]
-            path = next((p for p in places if (self.annotations / p).is_file()), None)
-            if path is None and self.split == "val":
-                path = self._xml_files.get(stem)
-            return None if path is None else read_annotation(self.annotations / path)
-        return self._solution.get(stem)
+        if self.annotations is None:
+            return self._solution.get(stem)
+        # Without a folder, in that of the image, or wherever the set of val's files has it.
+        parent = self.files[index].rpartition("/")[0]
+        for place in (f"{stem}.xml", f"{parent}/{stem}.xml"):
+            with suppress(FileNotFoundError):
+                return read_annotation(f"{self._xml_folder}/{place}")
+        elsewhere = self._xml_files.get(stem) if self.split == "val" else None
+        return None if elsewhere is None else read_annotation(f"{self._xml_folder}/{elsewhere}")
+
+    @cached_property
+    def _xml_folder(self) -> str:
+        return str(self.annotations)
 
     @cached_property
     def _xml_files(self) -> dict[str, str]:

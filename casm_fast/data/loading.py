@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from casm_fast.data.decoding import DecodeError
+from casm_fast.data.decoding import DecodeError, size_of
 from casm_fast.data.geometry import Geometry, Policy, check_policy, geometry
 from casm_fast.data.source import ArraySource, ImageSource
 from casm_fast.data.transforms import crop_and_resize, normalize, resize
@@ -246,7 +246,7 @@ def evaluation_batches(
     def load(slot: _Slot) -> tuple[Geometry, NDArray[np.int32] | None]:
         image = source.image(slot.image)
         slot.pixels[slot.place].numpy()[...] = resize(image, size, policy)
-        where = geometry(image.shape[0], image.shape[1], size, policy)
+        where = geometry(*size_of(image), size, policy)
         return where, _true_boxes(source, slot.image) if boxes else None
 
     return _image_batches(begin(), load, workers)

@@ -119,11 +119,15 @@ class Description:
         return Description(**fields)
 
 
-def schema() -> pa.Schema:
+def schema(*, segmented: bool = False) -> pa.Schema:
     """The columns of a table, without a description.
 
     A row whose ``error`` is not null is an image that could not be read: everything but its id
         and label is null.
+
+    Args:
+        segmented: Whether there is a column ``rle``, the kept pixels as COCO's compressed run
+            lengths: ``pycocotools.mask.decode({"size": [height, width], "counts": rle})``.
     """
     import pyarrow as pa
 
@@ -152,6 +156,7 @@ def schema() -> pa.Schema:
             ("f1", float32),
             ("f1_mean", float32),
             ("error", pa.string()),
+            *([("rle", pa.string())] if segmented else []),
         ]
     )
 
@@ -296,8 +301,11 @@ def merge(folder: Path, span: range, path: Path) -> Path:
     import pyarrow.parquet as pq
 
     parts = complete(folder, span)
-    descriptions = [description_of(pq.read_schema(part.path), str(part.path)) for part in parts]
-    whole = schema().with_metadata({_KEY: _agreed(descriptions, folder).to_json()})
+    schemas = [pq.read_schema(part.path) for part in parts]
+    descriptions = [
+        description_of(schema, str(part.path)) for schema, part in zip(schemas, parts, strict=True)
+    ]
+    whole = schemas[0].with_metadata({_KEY: _agreed(descriptions, folder).to_json()})
     with (
         folders.unfinished(path, folders.merged_file(folder)) as stream,
         pq.ParquetWriter(stream, whole, compression=CODEC) as writer,
@@ -351,6 +359,8 @@ def _agreed(parts: list[Description], path: Path) -> Description:
         for name in ("source", "convention", "classes", "model"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(f"{path}: expected parts that agree, got two with another {name}")
+        if _segmented(other) != _segmented(first):
+            raise ValueError(f"{path}: expected parts that agree, got some without masks")
     shards = {part.config.get("shard") for part in parts}
     return dataclasses.replace(
         first,
@@ -379,7 +389,7 @@ def write(table: pa.Table, path: str | Path) -> Path:
     """Write ``table`` to ``path`` so that the file is whole or absent, whatever happens meanwhile.
 
     Args:
-        table: Rows with the columns of :func:`schema`.
+        table: Rows with the columns of a :func:`schema`.
         path: The Parquet file; folders are made.
 
     Returns:
@@ -390,3 +400,7 @@ def write(table: pa.Table, path: str | Path) -> Path:
     with folders.unfinished(Path(path)) as stream:
         pq.write_table(table, stream, compression=CODEC)
     return Path(path)
+
+
+def _segmented(description: Description) -> bool:
+    return description.config.get("masks") == "rle"

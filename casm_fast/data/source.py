@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from casm_fast.data.coco import CocoSource, annotation_files
 from casm_fast.data.decoders import DecoderName, choose_content_decoder, choose_decoder
-from casm_fast.data.decoding import Decoder
+from casm_fast.data.decoding import ContentDecoder, Decoder
 from casm_fast.data.folder import FolderSource, PhotoSource
 from casm_fast.data.imagenet import ImageNetSource, images_root
 from casm_fast.data.listing import holds_image, is_image
@@ -99,7 +100,11 @@ class ArraySource(ImageSource, Protocol):
 
 
 def open_source(
-    spec: str | Path | ImageSource, split: str = "val", *, decoder: DecoderName = "auto"
+    spec: str | Path | ImageSource,
+    split: str = "val",
+    *,
+    decoder: DecoderName = "auto",
+    draft: int | None = None,
 ) -> ImageSource:
     """Opens a set of images.
 
@@ -135,6 +140,9 @@ def open_source(
         split: "train" or "val", for sets that have both.
         decoder: What decodes JPEG files, see `casm_fast.data.decoders`; an open source keeps its
             own.
+        draft: Shorter side that pictures will be scaled down to: large JPEG files are decoded at a
+            fraction of their size (`casm_fast.data.decoding.Reduced`); an open source is left as
+            it is.
 
     Raises:
         FileNotFoundError: The path, or every image in it, is missing.
@@ -145,47 +153,45 @@ def open_source(
         raise ValueError(f'open_source: expected `split` "train" or "val", got {split!r}')
     if not isinstance(spec, (str, Path)):
         return spec
+    reader = functools.partial(choose_decoder, decoder, draft)
+    content_reader = functools.partial(choose_content_decoder, decoder, draft)
     kind, colon, rest = str(spec).partition(":")
     if kind == "synthetic":
         return open_synthetic(rest, split)
     if str(spec) == STDIN:
         kind, colon, rest = "list", ":", STDIN
     if colon and kind in _LISTED:
-        return _open_listed(kind, rest, decoder)
+        return _open_listed(kind, rest, reader(), content_reader())
     family, _, part = kind.partition("-")
     if colon and (kind in (*_KINDS, *_OF_SETS) or (family in _OF_SETS and part)):
         if not rest:
             raise ValueError(f'open_source: expected a path after "{kind}:", got none')
-        return _open(family, rest, part or split, choose_decoder(decoder))
+        return _open(family, rest, part or split, reader())
     path = Path(spec)
     if is_url(str(spec)) or (has_magic(str(spec)) and not path.exists()):
         named = open_glob if has_magic(str(spec)) else open_url
-        return named(
-            str(spec),
-            decoder=choose_decoder(decoder),
-            content_decoder=choose_content_decoder(decoder),
-        )
+        return named(str(spec), decoder=reader(), content_decoder=content_reader())
     if not path.exists():
         raise FileNotFoundError(
             f"open_source: there is no {path}; give an existing path, synthetic, imagenet:DIR, "
             "imagenet-val:DIR, coco:DIR, voc:DIR, wsol:DIR, folder:DIR, list:FILE, parquet:FILE or "
             "webdataset:TAR"
         )
-    reader = choose_decoder(decoder)
     if path.is_file() and is_image(path.name):
-        return PhotoSource(path, decoder=reader)
-    return _open(_family(path), str(path), split, reader)
+        return PhotoSource(path, decoder=reader())
+    return _open(_family(path), str(path), split, reader())
 
 
-def _open_listed(kind: str, rest: str, decoder: DecoderName) -> ImageSource:
+def _open_listed(
+    kind: str, rest: str, decoder: Decoder, content_decoder: ContentDecoder
+) -> ImageSource:
     if not rest:
         raise ValueError(f'open_source: expected a path after "{kind}:", got none')
-    content = choose_content_decoder(decoder)
     if kind == "webdataset":
-        return WebDatasetSource(rest, decoder=content)
+        return WebDatasetSource(rest, decoder=content_decoder)
     if kind == "parquet":
-        return ManifestSource(rest, decoder=choose_decoder(decoder), content_decoder=content)
-    return open_list(rest, decoder=choose_decoder(decoder), content_decoder=content)
+        return ManifestSource(rest, decoder=decoder, content_decoder=content_decoder)
+    return open_list(rest, decoder=decoder, content_decoder=content_decoder)
 
 
 def locate(source: ImageSource, image_ids: Sequence[str]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from casm_fast.data.decoding import size_of
 from casm_fast.data.geometry import Policy, check_policy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +31,8 @@ def resize(image: NDArray[np.uint8], size: int, policy: Policy = "crop") -> NDAr
     of 1 x 60,000 pixels would take 9 GB.
 
     Args:
-        image: ``[H, W, 3]`` uint8 RGB.
+        image: ``[H, W, 3]`` uint8 RGB; of a `casm_fast.data.decoding.Reduced` one the full size
+            says how long the longer side becomes.
         size: Side of the square in pixels.
         policy: "crop" or "squash".
 
@@ -45,6 +47,7 @@ def resize(image: NDArray[np.uint8], size: int, policy: Policy = "crop") -> NDAr
         return image
     if policy == "squash":
         return _scaled(image, size, size)
+    height, width = size_of(image)
     short, long = sorted((height, width))
     if long > ELONGATED * short:
         return _middle(image, size)

@@ -19,16 +19,20 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from casm_fast.data import predictions
 from casm_fast.data.loading import evaluation_batches
 from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
 from casm_fast.extraction import local
-from casm_fast.extraction.config import ExtractConfig
+from casm_fast.extraction.config import ExtractConfig, Masks
+from casm_fast.extraction.masks import PER_ROW
 from casm_fast.extraction.rows import Naming, label_numbers
 from casm_fast.extraction.writer import Rows
+from casm_fast.models.memory import keep_freed
 from casm_fast.models.saliency import SaliencyModel
 
 if TYPE_CHECKING:
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
 
 _BESIDE = ("start", "saliency_height", "saliency_width", "device_name")
 """Columns that come with rows."""
+
+_MAP = "saliency"
+"""Column of the bytes of the maps, when they are kept."""
 
 CPUS_PER_ACTOR = 4
 """CPUs behind every actor where there is no GPU: one of them reads, the others run the network."""
@@ -151,7 +158,7 @@ def rows(
             num_cpus=spread.cpus,
             num_gpus=spread.gpus,
         )
-        names = predictions.schema().names
+        names = predictions.schema(segmented=config.masks == "rle").names
         for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             start, height, width, device = (table[name][0].as_py() for name in _BESIDE)
             yield Rows(
@@ -159,6 +166,7 @@ def rows(
                 table.select(names),
                 (height, width),
                 f"{spread.actors} x {device}, by Ray {ray.__version__}",
+                _maps(table, (height, width), config.masks),
             )
 
 
@@ -230,6 +238,7 @@ class _Network:
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(threads)
+            keep_freed()
         model = ray.get(network).to(device)
         self._extractor = local.extractor(model, job.convention, device, job.config)
         self._naming = Naming(ray.get(images), model.classes, job.labels, job.convention.rule)
@@ -244,4 +253,16 @@ class _Network:
             _BESIDE, (made.start, *made.saliency_size, made.device), strict=True
         ):
             table = table.append_column(name, pa.array([value] * len(table)))
+        if made.maps is not None:
+            pixels = pa.array([one.tobytes() for one in made.maps], pa.binary())
+            table = table.append_column(_MAP, pixels)
         return table
+
+
+def _maps(table: pa.Table, size: tuple[int, int], kind: Masks) -> NDArray[Any] | None:
+    """The maps that came with rows, ``[rows, h, w]``."""
+    if kind not in PER_ROW:
+        return None
+    dtype = np.uint8 if kind == "png" and 0 not in size else np.float16
+    pixels = np.frombuffer(b"".join(table[_MAP].to_pylist()), dtype)
+    return pixels.reshape(len(table), *size)

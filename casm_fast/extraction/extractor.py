@@ -203,7 +203,11 @@ class Extractor:
         ).double()
         held = inside(saliency, known[:, :4], known[:, 4], rows, columns)
         numbers = self._to_host(torch.cat([table.flatten(), held]))
-        maps = None if self.masks == "off" else self._to_host(stored(saliency, self.masks))
+        maps = (
+            None
+            if self.masks == "off"
+            else self._to_host(stored(saliency, self.masks, self.convention))
+        )
         arrived = None
         if cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]

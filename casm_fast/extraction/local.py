@@ -13,10 +13,17 @@ import torch
 from casm_fast.data.loading import ImageBatch, evaluation_batches
 from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
-from casm_fast.extraction.config import ExtractConfig
+from casm_fast.extraction.config import ExtractConfig, Masks
 from casm_fast.extraction.extractor import Extractor, Launched, device_name
-from casm_fast.extraction.masks import spread
-from casm_fast.extraction.rows import Naming, Truth, batch_table, label_numbers, true_boxes
+from casm_fast.extraction.masks import PER_ROW, run_lengths, spread
+from casm_fast.extraction.rows import (
+    Naming,
+    Truth,
+    batch_table,
+    label_numbers,
+    segmented,
+    true_boxes,
+)
 from casm_fast.extraction.writer import Rows
 from casm_fast.models.folding import folded
 from casm_fast.models.memory import budget, footprint
@@ -137,7 +144,10 @@ def _ordered(extractor: Extractor, batch: ImageBatch) -> _Ordered:
     truth, launched = true_boxes(batch), None
     if batch.indices:
         launched = extractor.launch(batch.images, truth.network, truth.owners)
-    return _Ordered(batch, truth, launched, device_name(extractor.device))
+    return _Ordered(
+        batch, truth, launched, device_name(extractor.device),
+        extractor.masks, extractor.convention.size,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,21 +158,23 @@ class _Ordered:
     truth: Truth
     launched: Launched | None
     device: str
+    masks: Masks
+    size: int
 
     def rows(self, naming: Naming) -> Rows:
         found = None if self.launched is None else self.launched.measurements()
         first = min([*self.batch.indices[:1], *(index for index, _ in self.batch.errors[:1])])
         table = batch_table(naming, self.batch, found, self.truth)
-        maps = (
-            None
-            if self.launched is None or self.launched.maps is None
-            else (self.launched.maps.numpy())
-        )
         places = [index - first for index in self.batch.indices]
+        kept = None if self.launched is None else self.launched.maps
+        maps = None if kept is None else kept.numpy()
+        if self.masks == "rle":
+            encoded = [] if maps is None else run_lengths(maps, self.batch.geometries, self.size)
+            table = segmented(table, dict(zip(places, encoded, strict=True)))
         return Rows(
             first,
             table,
             found.saliency_size if found else (0, 0),
             self.device,
-            spread(maps, places, len(table)),
+            spread(maps, places, len(table)) if self.masks in PER_ROW else None,
         )

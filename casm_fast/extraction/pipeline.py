@@ -30,6 +30,7 @@ from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.extraction import local, processes
 from casm_fast.extraction.config import ExtractConfig
+from casm_fast.extraction.masks import PER_ROW
 from casm_fast.extraction.writer import Rows, Writer, writing
 from casm_fast.models import checkpoint
 from casm_fast.models.placement import choose_device
@@ -130,11 +131,9 @@ def extract(
     if not isinstance(model, SaliencyModel):
         file = Path(model)
         model = checkpoint.load(file, device=choose_device(here))
-    images = open_source(source, split="val", decoder=config.decoder)
-    if len(images) == 0:
-        raise ValueError(f"{images.name}: expected at least one image, got none")
-    span = config.span(len(images))
     convention = convention_of(model, config)
+    images = _images(source, convention, config)
+    span = config.span(len(images))
     home = next(model.parameters()).device
     device = home if here == "auto" else choose_device(here)
     path = folder = None
@@ -143,7 +142,7 @@ def extract(
     elif output is not None:
         path = predictions.part_path(Path(output), *config.part)
         folder = parts.working_folder(path)
-    if config.masks != "off" and (folder is None or folder != path):
+    if config.masks in PER_ROW and (folder is None or folder != path):
         raise ValueError(f"masks: expected a folder as output to keep them in, got {output}")
     total = min(len(images), config.limit or len(images))
     weights = checkpoint.fingerprint(model)
@@ -207,6 +206,22 @@ def extract(
     seconds = time.perf_counter() - started
     made += sum(map(len, missing))
     return Extraction(path, len(span), made, errors, seconds, read)
+
+
+def _images(
+    source: ImageSource | str | Path, convention: Convention, config: ExtractConfig
+) -> ImageSource:
+    """The images, at least one."""
+    if config.draft and not isinstance(source, (str, Path)):
+        raise ValueError(
+            f"draft: expected images by name, to be opened with it, got {source.name}, which is "
+            "open already"
+        )
+    draft = convention.size if config.draft else None
+    images = open_source(source, split="val", decoder=config.decoder, draft=draft)
+    if len(images) == 0:
+        raise ValueError(f"{images.name}: expected at least one image, got none")
+    return images
 
 
 def convention_of(model: SaliencyModel, config: ExtractConfig) -> Convention:
@@ -325,6 +340,7 @@ def _settings(
         **dataclasses.asdict(convention),
         "amp": config.amp,
         "masks": config.masks,
+        **({"draft": True} if config.draft else {}),
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from casm_fast.data.decoders import choose_decoder
-from casm_fast.data.geometry import Geometry, geometry
+from casm_fast.data.geometry import Geometry, cells_of, geometry
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import resize
 from casm_fast.extraction.config import ExtractConfig
@@ -65,8 +65,8 @@ class Prediction:
         A pixel has the value of the cell that its centre lies in.
         """
         g, size = self.geometry, self.convention.size
-        down = _cells(g.height, g.scale_y, g.offset_y, size, self.saliency.shape[0])
-        across = _cells(g.width, g.scale_x, g.offset_x, size, self.saliency.shape[1])
+        down = cells_of(g.height, g.scale_y, g.offset_y, size, self.saliency.shape[0])
+        across = cells_of(g.width, g.scale_x, g.offset_x, size, self.saliency.shape[1])
         whole: NDArray[np.float32] = self.saliency[np.ix_(down.clip(0), across.clip(0))]
         whole[(down < 0)[:, None] | (across < 0)] = np.nan
         return whole
@@ -175,9 +175,3 @@ def predict(
         convention=convention,
         path=path,
     )
-
-
-def _cells(pixels: int, scale: float, offset: float, size: int, cells: int) -> NDArray[np.int64]:
-    """The cell of each pixel of an axis of the photo, -1 where the network's square ends."""
-    network = np.floor((np.arange(pixels) + 0.5) * scale - offset).astype(np.int64)
-    return np.where((network >= 0) & (network < size), network * cells // size, -1)

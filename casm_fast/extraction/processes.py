@@ -21,6 +21,7 @@ import torch
 from casm_fast.data import parts
 from casm_fast.data.signals import obey, stop_requests
 from casm_fast.extraction.config import ExtractConfig
+from casm_fast.models.memory import keep_freed
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ def _work(
     from casm_fast.extraction.pipeline import extract
 
     torch.set_num_threads(threads)
+    keep_freed()
     logging.getLogger("casm_fast").setLevel(logging.ERROR)  # the first process tells of all images
     try:
         extract(model, source, folder, config)

@@ -6,7 +6,7 @@ Rows are made by the batch, column by column: a Python loop runs over nothing bu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,20 @@ def batch_table(
     tables.append(_failed(naming, errors))
     places = good + [index for index, _ in errors]
     return pa.concat_tables(tables).take(np.argsort(places))
+
+
+def segmented(table: pa.Table, encoded: Mapping[int, str]) -> pa.Table:
+    """Rows with the column ``rle``, null where a row has an error.
+
+    Args:
+        table: From :func:`batch_table`.
+        encoded: Run lengths by place in the table.
+    """
+    import pyarrow as pa
+
+    errors = table["error"].to_pylist()
+    column = [encoded.get(k) if error is None else None for k, error in enumerate(errors)]
+    return table.append_column("rle", pa.array(column, pa.string()))
 
 
 def _failed(naming: Naming, errors: Sequence[tuple[int, str]]) -> pa.Table:

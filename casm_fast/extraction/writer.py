@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from casm_fast.data import parts, predictions
 from casm_fast.data.predictions import Description
 from casm_fast.extraction.config import Masks
+from casm_fast.extraction.masks import PER_ROW
 from casm_fast.extraction.masks import write as write_masks
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Writer:
         maps = [rows.maps for rows in self._rows if rows.maps is not None]
         table = self.take()
         with writing(path):
-            if self._masks != "off":
+            if self._masks in PER_ROW:
                 errors = table["error"].to_pylist()
                 write_masks(self._folder, start, maps, errors, self._masks)
             predictions.write(table, path)

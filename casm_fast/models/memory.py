@@ -1,7 +1,11 @@
-"""Batches that fit into memory: a budget to begin with, halves when it was too large."""
+"""Batches that fit into memory: a budget to begin with, halves when it was too large.
+
+And memory that stays: see `keep_freed`.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -94,3 +98,26 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return "can't allocate memory" in str(error)  # torch's CPU allocator has no class of its own
+
+
+# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD: blocks of up to a gibibyte are cut from the
+# heap, which grows by a quarter of one and never shrinks.
+_MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**28}
+
+
+def keep_freed() -> bool:
+    """Makes glibc keep what this process frees, for processes that compute one batch after another.
+
+    Left alone, it returns every block above 32 MiB to the system at once, and the system hands out
+    new, zeroed pages for the next batch: up to two fifths of a network's pass on a CPU. The
+    resident set then stays at its peak. The programs of this package call it; a library's call
+    leaves the allocator of its process alone.
+
+    Returns:
+        Whether there is a glibc that does.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    return all(mallopt(option, value) for option, value in _MALLOC_OPTIONS.items())

@@ -1,19 +1,19 @@
 """COCO's results.
 
 A results file is a list of ``{"image_id", "category_id", "bbox": [x, y, width, height],
-"score"}`` in original pixels, what pycocotools' ``COCO.loadRes`` reads. Its numbers are those of an
-annotation file: COCO's own where the boxes were extracted from COCO, else one that is written
-beside it, with the pictures numbered in the order of the table and the classes of the model.
+"score"}`` in original pixels, what pycocotools' ``COCO.loadRes`` reads, with a "segmentation" each
+where masks were kept (``masks="rle"``). Its numbers are those of an annotation file: COCO's own
+where the boxes were extracted from COCO, else one that is written beside it, with the pictures
+numbered in the order of the table and the classes of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from casm_fast.data.coco import CocoSource, instances
-from casm_fast.extraction.exporting.job import Corners, Job, corners
+from casm_fast.extraction.exporting.job import Box, Job, corners
 from casm_fast.extraction.exporting.writing import write_json
 
 Result = dict[str, Any]
@@ -50,7 +50,7 @@ def write(job: Job, output: Path) -> tuple[Path, ...]:
         job.classes,
     )
     results = [
-        _result(number, box.label + 1, box.corners, box.score)
+        _result(number, box.label + 1, box, (picture.height, picture.width))
         for number, picture in enumerate(pictures, 1)
         for box in picture.found
     ]
@@ -60,10 +60,13 @@ def write(job: Job, output: Path) -> tuple[Path, ...]:
     return output, beside
 
 
-def _result(image: int, category: int, box: Sequence[int] | Corners, score: float) -> Result:
-    x0, y0, x1, y1 = box
+def _result(image: int, category: int, box: Box, size: tuple[int, int]) -> Result:
+    x0, y0, x1, y1 = box.corners
     bbox = [x0, y0, x1 - x0, y1 - y0]
-    return {"image_id": image, "category_id": category, "bbox": bbox, "score": score}
+    result = {"image_id": image, "category_id": category, "bbox": bbox, "score": box.score}
+    if box.rle is not None:
+        result["segmentation"] = {"size": list(size), "counts": box.rle}
+    return result
 
 
 def _of_pairs(job: Job) -> list[Result]:
@@ -83,7 +86,12 @@ def _of_pairs(job: Job) -> list[Result]:
         once = {image: row for (image, _), row in zip(reversed(ids), reversed(rows), strict=True)}
         found = [(image, known[row["predicted_name"]], row) for image, row in sorted(once.items())]
     return [
-        _result(image, category, corners(row), row["score"])
+        _result(
+            image,
+            category,
+            Box(category, corners(row), row["score"], row.get("rle")),
+            (row["height"], row["width"]),
+        )
         for image, category, row in found
         if row["x1"] > row["x0"] and row["y1"] > row["y0"]
     ]

@@ -33,11 +33,13 @@ class Box:
         label: Number of the class, from 0.
         corners: (x0, y0, x1, y1) half-open, in original pixels.
         score: Probability that the classifier gives its prediction; 1 for a true box.
+        rle: The pixels that the box is drawn around as COCO's run lengths, where they were kept.
     """
 
     label: int
     corners: Corners
     score: float = 1.0
+    rle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Job:
             height=first["height"],
             width=first["width"],
             found=tuple(
-                Box(row[self.category], corners(row), row["score"])
+                Box(row[self.category], corners(row), row["score"], row.get("rle"))
                 for row in found
                 if row["x1"] > row["x0"] and row["y1"] > row["y0"]
             ),
