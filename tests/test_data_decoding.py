@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from casm_fast.data import DecodeError, decode, decode_bytes
+from casm_fast.data.decoding import Reduced, size_of
+from casm_fast.data.transforms import resize
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -196,3 +198,49 @@ def test_noise_never_escapes_as_another_error():
             except DecodeError:
                 outcomes.add("error")
     assert outcomes == {"picture", "error"}
+
+
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+def photo(height: int, width: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 50, width // 50, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("side", "fraction"), [(224, 1), (150, 2), (149, 2), (75, 4), (37, 8), (5, 8)]
+)
+def test_a_draft_leaves_twice_the_pixels_that_are_wanted(side: int, fraction: int) -> None:
+    found = decode_bytes(encoded(photo(600, 801), "JPEG", quality=95), "photo", draft=side)
+    assert found.shape == (-(-600 // fraction), -(-801 // fraction), 3)
+    assert size_of(found) == (600, 801)
+    assert isinstance(found, Reduced) == (fraction > 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(600, 800), (801, 600), (1203, 1200), (1207, 901)])
+def test_a_draft_gives_the_square_of_the_whole(size: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(*size), "JPEG", quality=95, exif=exif)
+    whole, found = (decode_bytes(data, "photo", draft=draft) for draft in (None, 64))
+    assert size_of(found) == whole.shape[:2]
+    for policy in ("crop", "squash"):
+        difference = np.abs(resize(whole, 64, policy).astype(int) - resize(found, 64, policy))
+        # 0.47 and 3 measured; 2.4 and 15 where the last pixels count as whole ones.
+        assert difference.mean() < 0.6
+        assert difference.max() <= 4
+
+
+def test_what_is_no_large_jpeg_is_decoded_whole() -> None:
+    for data in (encoded(photo(600, 800), "PNG"), encoded(photo(200, 300), "JPEG", quality=95)):
+        found = decode_bytes(data, "photo", draft=64)
+        assert not isinstance(found, Reduced)
+        np.testing.assert_array_equal(found, decode_bytes(data, "photo"))
+    cmyk = decode_bytes(
+        encoded(photo(600, 800).convert("CMYK"), "JPEG", quality=95), "photo", draft=64
+    )
+    assert cmyk.shape == (150, 200, 3)
+    with pytest.raises(DecodeError, match=r"^cannot decode photo: .*truncated"):
+        decode_bytes(encoded(photo(600, 800), "JPEG", quality=95)[:5000], "photo", draft=64)

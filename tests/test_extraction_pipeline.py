@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_extraction import CONVENTION, Painted, Pixels, pictures, truth_boxes
 from torch import Tensor, nn
 
@@ -230,3 +231,27 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     # 0.2 MB measured; rows kept as Python objects would take 12 MB.
     assert grown < 4 * 2**20, f"grew by {grown / 2**20:.1f} MB over 5,000 images"
     assert len(made.table) == 8000
+
+
+def test_drafts_give_the_same_boxes_on_large_photos(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model("compact", classes=3, input_size=32)
+    photos = generate(6, size=32, classes=3).images
+    for k, (pixels, size) in enumerate(zip(photos, ((300, 400), (500, 280)) * 3, strict=True)):
+        picture = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+        picture.save(tmp_path / f"{k}.jpg", quality=95)
+    whole, drafted = (
+        extract(model, tmp_path, tmp_path / f"out{draft}", draft=draft).table
+        for draft in (False, True)
+    )
+    for name in ("image_id", "height", "width"):
+        assert whole[name].equals(drafted[name])
+    means = [table["mean_saliency"].to_numpy() for table in (whole, drafted)]
+    assert 0 < np.abs(means[0] - means[1]).max() < 0.02  # 0.001 measured
+    for name in ("net_x0", "net_y0", "net_x1", "net_y1"):  # a cell is 4 pixels
+        assert np.abs(whole[name].to_numpy() - drafted[name].to_numpy()).max() <= 4
+    with pytest.raises(ValueError, match="with draft None instead of True; give another output"):
+        extract(model, tmp_path, tmp_path / "outFalse", draft=True)
+    message = "draft: expected images by name, to be opened with it, got synthetic"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        extract(model, generate(6, size=32, classes=3), draft=True)

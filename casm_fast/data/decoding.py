@@ -58,9 +58,12 @@ class Reduced(np.ndarray[Any, np.dtype[np.uint8]]):
 
     Attributes:
         full_size: (height, width) of the picture, upright.
+        extent: (x0, y0, x1, y1) of the picture in these pixels: the last ones along a side may
+            stand for less than the others.
     """
 
     full_size: tuple[int, int]
+    extent: tuple[float, float, float, float]
 
 
 def size_of(image: NDArray[np.uint8]) -> tuple[int, int]:
@@ -145,11 +148,16 @@ def decode_bytes(
 
 def _reduced(image: Image.Image, least: int) -> NDArray[np.uint8]:
     """A JPEG file at 1/2, 1/4 or 1/8 of its size, no side below `least`."""
-    width, height = image.size
-    swapped = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+    size, orientation = image.size, image.getexif().get(_ORIENTATION, 1)
     image.draft(None, (least, least))
+    fraction = round(size[0] / image.width)
     pixels = _upright_rgb(image).view(Reduced)
-    pixels.full_size = (width, height) if swapped else (height, width)
+    width, height = size[::-1] if orientation in (5, 6, 7, 8) else size
+    w, h = width / fraction, height / fraction
+    # What ended a row or column in the file begins it in a picture that is turned so.
+    x = pixels.shape[1] - w if orientation in (2, 3, 6, 7) else 0.0
+    y = pixels.shape[0] - h if orientation in (3, 4, 7, 8) else 0.0
+    pixels.full_size, pixels.extent = (height, width), (x, y, x + w, y + h)
     return pixels
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from casm_fast.data.decoding import size_of
+from casm_fast.data.decoding import Reduced, size_of
 from casm_fast.data.geometry import Policy, check_policy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,7 +79,7 @@ def crop_and_resize(
     """A rectangle of a picture as a square, bilinear with antialiasing.
 
     Args:
-        image: ``[H, W, 3]`` uint8 RGB.
+        image: ``[H, W, 3]`` uint8 RGB, not a `casm_fast.data.decoding.Reduced` one.
         top: First row of the rectangle.
         left: First column.
         height: Rows.
@@ -96,7 +96,8 @@ def _scaled(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    extent = image.extent if isinstance(image, Reduced) else None
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=extent))
 
 
 def normalize(
