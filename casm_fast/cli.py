@@ -237,7 +237,7 @@ class Export(Verb):
     """Folder or URL where the pictures will be found (label-studio, fiftyone)."""
 
     model: Path | None = None
-    """Model whose maps are written (wsol-npy; default: the one that made the boxes)."""
+    """Model whose maps are written (wsol-npy, overlays; default: the one that made the boxes)."""
 
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
     """File or folder to write (default: after the boxes)."""

@@ -188,7 +188,7 @@ def test_unknown_options_are_refused(coco_boxes: pa.Table, tmp_path: Path) -> No
         (
             {"to": "xml"},
             "export: expected `to` one of coco, voc, yolo, kaggle-loc, label-studio, fiftyone, "
-            "wsol-npy, csv, got 'xml'",
+            "wsol-npy, overlays, csv, got 'xml'",
         ),
         ({"category": "x"}, "export: expected `category` one of predicted, label, got 'x'"),
     ):

@@ -20,10 +20,11 @@ from casm_fast.data import open_source, predictions
 from casm_fast.data.annotations import read_solution
 from casm_fast.data.geometry import geometry
 from casm_fast.data.predictions import Convention, Description
+from casm_fast.data.source import locate
 from casm_fast.data.synthetic import generate, write_tree
 from casm_fast.data.transforms import normalize, resize
 from casm_fast.data.voc import VocSource
-from casm_fast.extraction import export, extract
+from casm_fast.extraction import export, extract, predict
 from casm_fast.extraction.exporting import FORMATS, default_output, wsol
 from casm_fast.extraction.exporting.job import Job, Stems
 from casm_fast.models.saliency import build_model
@@ -418,7 +419,7 @@ def test_maps_need_their_model(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         export(made, tmp_path / "maps", to="wsol-npy")
     assert str(caught.value) == (
-        "export: expected `model` for wsol-npy, because the table was made by a model in memory, "
+        "export: expected `model` for maps, because the table was made by a model in memory, "
         "got None"
     )
     other = build_model("compact", classes=3, input_size=32)
@@ -429,6 +430,27 @@ def test_maps_need_their_model(tree: Path, tmp_path: Path) -> None:
         "`model`"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_overlays_are_those_of_single_predictions(kept: bool, tree: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model("compact", classes=3, input_size=32)
+    source, out = f"imagenet-val:{tree}", tmp_path / "out"
+    made = extract(model, source, out, limit=4, masks="png" if kept else "off")
+    good = [row for row in made.table.to_pylist() if row["error"] is None]
+    folder = tmp_path / "overlays"
+    export(out, folder, to="overlays", model=None if kept else model)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{row['image_id']}.jpg" for row in good
+    ]
+    opened = open_source(source)
+    for place, row in zip(locate(opened, [row["image_id"] for row in good]), good, strict=True):
+        expected = predict(model, opened.image(place)).overlay()
+        drawn = np.asarray(Image.open(folder / f"{row['image_id']}.jpg"))
+        assert drawn.shape == (row["height"], row["width"], 3)
+        # The loss of JPEG: 2.8 measured.
+        assert np.abs(drawn.astype(int) - expected).mean() < 6
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -463,12 +485,13 @@ def test_names_of_files() -> None:
 
 def test_where_an_export_goes(small: pa.Table, tmp_path: Path) -> None:
     assert set(FORMATS) == {
-        "coco", "voc", "yolo", "kaggle-loc", "label-studio", "fiftyone", "wsol-npy", "csv",
+        "coco", "voc", "yolo", "kaggle-loc", "label-studio", "fiftyone", "wsol-npy",
+        "overlays", "csv",
     }  # fmt: skip
     outputs = [default_output("runs/val.parquet", to).name for to in FORMATS]
     assert outputs == [
         "val.json", "val-voc", "val-yolo", "val-kaggle-loc.csv", "val-label-studio.json",
-        "val-fiftyone", "val-wsol-npy", "val.csv",
+        "val-fiftyone", "val-wsol-npy", "val-overlays", "val.csv",
     ]  # fmt: skip
     assert default_output("out/", "coco") == Path("out.json")
     with pytest.raises(ValueError) as caught:

@@ -12,20 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from casm_fast.data.decoders import choose_decoder
-from casm_fast.data.geometry import Geometry, cells_of, geometry
+from casm_fast.data.geometry import Geometry, geometry
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import resize
 from casm_fast.extraction.config import ExtractConfig
+from casm_fast.extraction.drawing import full_saliency, overlay
 from casm_fast.extraction.extractor import Extractor
 from casm_fast.extraction.pipeline import borrowed, convention_of
 from casm_fast.models import checkpoint
 from casm_fast.models.placement import choose_device
 from casm_fast.models.saliency import SaliencyModel
-
-COLOURS = "inferno"
-BOX_COLOUR = (255, 157, 46)
-UNSEEN = 0.35
-"""Brightness of what the network's square does not show."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +60,11 @@ class Prediction:
 
         A pixel has the value of the cell that its centre lies in.
         """
-        g, size = self.geometry, self.convention.size
-        down = cells_of(g.height, g.scale_y, g.offset_y, size, self.saliency.shape[0])
-        across = cells_of(g.width, g.scale_x, g.offset_x, size, self.saliency.shape[1])
-        whole: NDArray[np.float32] = self.saliency[np.ix_(down.clip(0), across.clip(0))]
-        whole[(down < 0)[:, None] | (across < 0)] = np.nan
-        return whole
+        return full_saliency(self.saliency, self.geometry, self.convention.size)
 
     def overlay(self) -> NDArray[np.uint8]:
         """The photo under its saliency in colours, with the box, ``[H, W, 3]``."""
-        from matplotlib import colormaps
-        from PIL import Image, ImageDraw
-
-        saliency = self.full_saliency()
-        unseen = np.isnan(saliency)
-        shade = np.nan_to_num(saliency)[..., None]
-        colours = colormaps[COLOURS](shade[..., 0])[..., :3] * 255
-        share = 0.25 + 0.5 * shade  # of the colour: the photo stays visible everywhere
-        mixed = np.where(
-            unseen[..., None], UNSEEN * self.image, self.image * (1 - share) + colours * share
-        )
-        picture = Image.fromarray(np.rint(mixed).astype(np.uint8))
-        x0, y0, x1, y1 = self.box
-        if x1 > x0:
-            width = max(1, round(min(picture.size) / 120))
-            ImageDraw.Draw(picture).rectangle(
-                (x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR, width=width
-            )
-        return np.asarray(picture)
+        return overlay(self.image, self.full_saliency(), self.box)
 
     def save(self, path: str | Path) -> Path:
         """Write the overlay as a picture file, whole or not at all.

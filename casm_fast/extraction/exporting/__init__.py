@@ -9,6 +9,7 @@
 | label-studio | tasks with predictions, and the labelling interface | corner and size in percent |
 | fiftyone | labels.json and data.json | corner and size as shares of the image |
 | wsol-npy | wsolevaluation's score maps, an array per image | none |
+| overlays | every picture under its saliency, a JPEG file each | drawn |
 | csv | every column of the table | x0, y0, x1, y1, half-open |
 
 Boxes are those of the table, in original pixels. Files and folders appear when they are whole.
@@ -27,6 +28,7 @@ from casm_fast.extraction.exporting import (
     fiftyone,
     kaggle,
     label_studio,
+    overlays,
     spreadsheet,
     voc,
     wsol,
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Category", "Format", "default_output", "export"]
 
-Format = Literal["coco", "voc", "yolo", "kaggle-loc", "label-studio", "fiftyone", "wsol-npy", "csv"]
+Format = Literal[
+    "coco", "voc", "yolo", "kaggle-loc", "label-studio", "fiftyone", "wsol-npy", "overlays", "csv"
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ FORMATS: dict[str, Exporter] = {
     "label-studio": Exporter(label_studio.write, ".json"),
     "fiftyone": Exporter(fiftyone.write, ""),
     "wsol-npy": Exporter(wsol.write, ""),
+    "overlays": Exporter(overlays.write, ""),
     "csv": Exporter(spreadsheet.write, ".csv"),
 }
 
@@ -88,8 +93,8 @@ def export(
     Args:
         boxes: A Parquet file or folder from ``casm_fast.extract``, its table, or the extraction
             itself.
-        output: The file; for voc, yolo, fiftyone and wsol-npy a new or empty folder. By default
-            :func:`default_output` of ``boxes``.
+        output: The file; for voc, yolo, fiftyone, wsol-npy and overlays a new or empty folder. By
+            default :func:`default_output` of ``boxes``.
         to: The format, see the module.
         category: Whose class a box has: the one that the classifier "predicted", once a picture; or
             the true "label", which makes the results those of localisation with known classes. The
@@ -98,8 +103,8 @@ def export(
             can turn a picture under its boxes. For voc, yolo and fiftyone.
         images: Where label-studio and fiftyone find the pictures: a folder or URL that the ids are
             appended to. By default the files of the images themselves.
-        model: For wsol-npy, the model whose maps they are; by default the maps that lie beside the
-            rows in a folder, else the checkpoint that the table names.
+        model: For wsol-npy and overlays, the model whose maps they are; by default the maps that
+            lie beside the rows in a folder, else the checkpoint that the table names.
 
     Returns:
         What was written, the main file first, or the folder.

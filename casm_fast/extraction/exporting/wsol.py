@@ -11,31 +11,18 @@ lowest value. A pixel reads the cell that its centre falls into, as everywhere i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from casm_fast.data.geometry import Geometry, geometry
-from casm_fast.data.loading import evaluation_batches
-from casm_fast.data.source import locate
-from casm_fast.data.subset import Subset
-from casm_fast.data.transforms import normalize
+from casm_fast.data.geometry import Geometry
 from casm_fast.extraction.exporting.job import Job
+from casm_fast.extraction.exporting.maps import maps_of
 from casm_fast.extraction.exporting.writing import new_folder
-from casm_fast.models import checkpoint
-from casm_fast.models.modes import evaluating
-from casm_fast.models.saliency import SaliencyModel
 
 SIDE = 224
 """Of wsolevaluation's square (its ``_RESIZE_LENGTH``)."""
-
-_BATCH = 64
 
 
 def write(job: Job, output: Path) -> tuple[Path, ...]:
@@ -53,13 +40,11 @@ def write(job: Job, output: Path) -> tuple[Path, ...]:
         FileNotFoundError: The images or the checkpoint are no longer there.
         ValueError: The model did not make the table, or there is none.
     """
-    stored = None if job.model is not None or job.folder is None else StoredMaps.of(job.folder)
-    maps = _made(job, _model(job)) if stored is None else _stored(job, stored)
     with new_folder(output) as root:
-        for identity, plane in maps:
-            path = root / f"{identity}.npy"
+        for row, saliency, where in maps_of(job):
+            path = root / f"{_identity(row['image_id'], job)}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, plane)
+            np.save(path, spread(saliency, where, job.description.convention.size))
     return (output,)
 
 
@@ -91,102 +76,5 @@ def _cells(places: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.clip(np.floor(places), 0, count - 1).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class StoredMaps:
-    """Saliency maps beside the rows of an extraction, by the place of the row.
-
-    Attributes:
-        arrays: First place and place behind the last of each file ``masks-START-STOP.npy``, and it.
-        pictures: The folder of ``000012/000012345.png``, 8-bit grey.
-    """
-
-    arrays: tuple[tuple[int, int, Path], ...]
-    pictures: Path
-
-    @classmethod
-    def of(cls, folder: Path) -> StoredMaps | None:
-        """The maps in the folder of an extraction; None where there are none."""
-        named = ((_ARRAY.fullmatch(path.name), path) for path in folder.iterdir())
-        arrays = sorted((int(name[1]), int(name[2]), path) for name, path in named if name)
-        pictures = folder / "masks"
-        return cls(tuple(arrays), pictures) if arrays or pictures.is_dir() else None
-
-    def read(self, places: Iterable[int]) -> Iterator[NDArray[np.float32]]:
-        """The maps ``[h, w]`` at ascending places.
-
-        Raises:
-            FileNotFoundError: There is none at a place.
-        """
-        from PIL import Image
-
-        waiting = list(self.arrays)
-        held: tuple[int, int, NDArray[Any]] = (0, 0, np.zeros(0))
-        for place in places:
-            while waiting and place >= held[1]:
-                start, stop, path = waiting.pop(0)
-                held = (start, stop, np.load(path, mmap_mode="r"))
-            if held[0] <= place < held[1]:
-                yield np.asarray(held[2][place - held[0]], np.float32)
-                continue
-            path = self.pictures / f"{place // 1000:06d}" / f"{place:09d}.png"
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"export: expected the map of row {place} in {path.parent.parent.parent}, got "
-                    "none; give a `model`, which makes it again"
-                )
-            with Image.open(path) as picture:
-                yield (np.asarray(picture) / 255).astype(np.float32)
-
-
-_ARRAY = re.compile(r"masks-(\d+)-(\d+)\.npy")
-
-
-def _stored(job: Job, maps: StoredMaps) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """The ids of the readable images and their score maps, from the maps that were stored."""
-    convention = job.description.convention
-    good = [(place, row) for place, row in enumerate(job.rows()) if row["error"] is None]
-    planes = maps.read(place for place, _ in good)
-    for (_, row), plane in zip(good, planes, strict=True):
-        where = geometry(row["height"], row["width"], convention.size, convention.policy)
-        yield _identity(row["image_id"], job), spread(plane, where, convention.size)
-
-
-def _made(job: Job, model: SaliencyModel) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """The ids of the readable images and their score maps, from the model."""
-    convention = job.description.convention
-    names = [row["image_id"] for row in job.rows() if row["error"] is None]
-    chosen = Subset(job.source, np.array(locate(job.source, names), np.int64))
-    device = next(model.parameters()).device
-    with evaluating(model), torch.inference_mode():
-        for batch in evaluation_batches(
-            chosen, size=convention.size, batch_size=_BATCH, policy=convention.policy
-        ):
-            if batch.errors:
-                place, error = batch.errors[0]
-                raise ValueError(f"export: expected to read {names[place]} again, got: {error}")
-            images = normalize(batch.images.to(device), model.mean, model.std)
-            planes = model(images)[0][:, 0].float().cpu().numpy()
-            for index, plane, where in zip(batch.indices, planes, batch.geometries, strict=True):
-                yield _identity(names[index], job), spread(plane, where, convention.size)
-
-
 def _identity(name: str, job: Job) -> str:
     return f"val/{name}.JPEG" if job.description.source.startswith("imagenet-val:") else name
-
-
-def _model(job: Job) -> SaliencyModel:
-    """The model that made the table."""
-    model = job.model if job.model is not None else job.description.checkpoint
-    if model is None:
-        raise ValueError(
-            "export: expected `model` for wsol-npy, because the table was made by a model in "
-            "memory, got None"
-        )
-    if not isinstance(model, SaliencyModel):
-        model = checkpoint.load(model)
-    if job.description.model and checkpoint.fingerprint(model) != job.description.model:
-        raise ValueError(
-            "export: expected the model that made the boxes, got one with other weights; give it "
-            "as `model`"
-        )
-    return model
