@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casm_fast.data.decoding import Decoder, decode
+from casm_fast.data.lines import stored
 from casm_fast.data.listing import check_folder, class_listing, image_names, subfolders
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class FolderSource:
         classes: Names of the class folders; () for a flat set.
         has_boxes: Always false.
         root: The folder.
-        files: Paths relative to ``root``.
+        files: Paths relative to ``root``, see `casm_fast.data.lines`.
         found: A sentence about what was found, and what is missing.
     """
 
@@ -48,12 +49,10 @@ class FolderSource:
         check_folder(self.root, "folder")
         self._decoder = decoder
         self.name = f"folder:{self.root}"
-        self.files: list[str]
-        labels: list[int]
         if image_names(self.root):
             self.classes: tuple[str, ...] = ()
-            self.files = image_names(self.root, recursive=True)
-            labels = [-1] * len(self.files)
+            files = image_names(self.root, recursive=True)
+            labels = [-1] * len(files)
         else:
             self.classes = tuple(subfolders(self.root))
             if not image_names(self.root, recursive=True):
@@ -61,7 +60,8 @@ class FolderSource:
                     f"folder: expected image files in {self.root}, got none; give a folder of "
                     "images or one that holds a folder per class"
                 )
-            self.files, labels = class_listing(self.root, list(self.classes))
+            files, labels = class_listing(self.root, list(self.classes))
+        self.files = stored(files)
         self._labels = np.array(labels, np.int64)
         kind = f"of {len(self.classes):,} classes in folders" if self.classes else "without classes"
         missing = "boxes" if self.classes else "labels and boxes"

@@ -32,6 +32,7 @@ from casm_fast.data.annotations import (
     read_solution,
 )
 from casm_fast.data.decoding import Decoder, decode
+from casm_fast.data.lines import Lines, stored
 from casm_fast.data.listing import (
     check_folder,
     class_listing,
@@ -73,7 +74,7 @@ class ImageNetSource:
         has_boxes: Whether annotations were found.
         root: DIR.
         folder: The folder of the split's images.
-        files: Paths relative to ``folder``.
+        files: Paths relative to ``folder``, see `casm_fast.data.lines`.
         annotations: The folder of XML files, None when there is none.
         solution: Kaggle's list of boxes and classes, None when there is none.
     """
@@ -140,7 +141,7 @@ class ImageNetSource:
         if flat:
             if split == "train":
                 raise ValueError(f"imagenet: expected class folders in {self.folder}, got images")
-            self.files = flat
+            self.files: list[str] | Lines = flat
             wnids = self._flat_classes(ground_truth, listed)
             self.classes = listed or tuple(sorted(set(wnids)))
             self._check_known(set(wnids))
@@ -149,13 +150,14 @@ class ImageNetSource:
         else:
             self.classes = listed or tuple(folders)
             self._check_known(set(folders))
-            self.files, within = class_listing(self.folder, folders)
+            files, within = class_listing(self.folder, folders)
             place = {wnid: label for label, wnid in enumerate(self.classes)}
             labels = [place[folders[k]] for k in within]
             if split == "val":  # the order of the official numbering, whatever the layout
-                order = sorted(range(len(labels)), key=lambda k: self.files[k].rpartition("/")[2])
-                self.files = [self.files[k] for k in order]
+                order = sorted(range(len(labels)), key=lambda k: files[k].rpartition("/")[2])
+                files = [files[k] for k in order]
                 labels = [labels[k] for k in order]
+            self.files = stored(files)
         self._labels = np.array(labels, np.int64)
         self.descriptions = tuple(known.get(wnid) or wnid for wnid in self.classes)
         self.has_boxes = self.annotations is not None or self.solution is not None
@@ -202,7 +204,7 @@ class ImageNetSource:
     @cached_property
     def found(self) -> str:
         """A sentence about what was found, and what is missing."""
-        kind = "class folders" if any("/" in file for file in self.files[:1]) else "flat"
+        kind = "class folders" if "/" in self.files[0] else "flat"
         text = (
             f"imagenet: {self.split} with {len(self):,} images of {len(self.classes):,} classes in "
             f"{self.folder} ({kind})"

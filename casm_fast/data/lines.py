@@ -8,6 +8,7 @@ when it needs the memory.
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -80,8 +81,21 @@ class Lines:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other has the same names, be it lines or a list."""
+        if not isinstance(other, (Lines, list)):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __reduce__(self) -> tuple[object, tuple[list[bytes]]]:
         return Lines.copied, ([bytes(self._text)],)
+
+
+def stored(names: list[str]) -> Lines | list[str]:
+    """Names of files as lines; as they are where one has a line feed in it, as Unix allows."""
+    return names if any("\n" in name for name in names) else Lines.spooled(names)
 
 
 def _starts(text: mmap.mmap | bytes) -> NDArray[np.unsignedinteger]:
