@@ -2,8 +2,8 @@
 
 One file a device under benchmarks/results/, named after the processor or the GPU. The short mode
 leaves the long cases out, takes about two minutes and writes to build/, so that it never replaces
-kept results. A part of the suite (`--only`) replaces its own results in the file and leaves the others,
-each with the day it was measured.
+kept results. A part of the suite (`--only`) replaces its own results in the file and leaves the
+others, each with the day it was measured.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> int:
         if not fresh.exists():
             continue
         kept = json.loads(result.read_text()) if options.only and result.exists() else {}
-        result.write_text(json.dumps(merged(kept, json.loads(fresh.read_text())), indent=1) + "\n")
+        result.write_text(json.dumps(merged(kept, json.loads(fresh.read_text())), indent=4) + "\n")
         fresh.unlink()
         print(f"wrote {result.relative_to(ROOT)}; `make bench-report` renders kept results")
     return worst
