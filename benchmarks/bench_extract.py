@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import io
 import itertools
 import json
@@ -395,10 +396,15 @@ def test_extraction(
     files: int,
     batch: int,
     benchmark: Any,
+    request: pytest.FixtureRequest,
     device: torch.device,
     tmp_path: Path,
 ) -> None:
-    workers = max(1, (os.cpu_count() or 2) - torch.get_num_threads())
+    cores = os.cpu_count() or 2
+    if device.type == "cpu":  # a core for the reader, for everybody's
+        request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
+    workers = max(1, cores - torch.get_num_threads())
     model = model_of(backbone, size, device)
     tree = tree_of(tmp_path, files)
     source = open_source(f"imagenet-val:{tree}")
