@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -76,6 +77,12 @@ def test_a_batch_norm_stays_where_others_read_its_convolution() -> None:
         other = folded(network, images(8))
         assert norms(other) == norms_left, how
         assert (other is network) == bool(norms_left)
+
+
+def test_a_network_that_cannot_be_copied_is_returned_as_it_is() -> None:
+    network = randomized(Twice("once"))
+    network.lock = threading.Lock()  # type: ignore[assignment]
+    assert folded(network, images(8)) is network
 
 
 def test_a_network_without_pairs_is_returned_as_it_is() -> None:

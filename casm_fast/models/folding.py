@@ -34,7 +34,7 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
         images: ``[B, 3, H, W]`` on its device, to look with.
 
     Returns:
-        The copy, or the network itself where there is nothing to fold.
+        The copy, or the network itself where there is nothing to fold or no way to copy.
     """
     if not any(map(_foldable, network.modules())):
         return network
@@ -42,7 +42,11 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
         expected, pairs = _pairs(network, images)
         if not pairs:
             return network
-        other = copy.deepcopy(network)
+        try:
+            other = copy.deepcopy(network)
+        except (TypeError, RuntimeError) as error:  # what it holds beside its modules
+            logger.info("the batch norms stay: the network cannot be copied (%s)", error)
+            return network
         for convolution, norm in pairs:
             first: Any = other.get_submodule(convolution)
             second: Any = other.get_submodule(norm)
