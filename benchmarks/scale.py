@@ -30,8 +30,9 @@ DECODE, RESIZE = 1.1e-3, 1.3e-3
 """Seconds of one core for a JPEG of 500 x 375 and 108 kB, by TorchCodec, and for its square by
 Pillow; measured on a busy AMD EPYC, best of 60."""
 
-CPU_NETWORK = 1 / 2.85
-"""Seconds of one core for CASM on ResNet-50 at 224, float32; measured there, best of 8."""
+CPU_NETWORK = 81e-3
+"""Seconds of one core for CASM on ResNet-50 at 224, float32; measured by bench_extract.py on an
+idle AMD EPYC."""
 
 GPU_NETWORK = 12_000 * 8.18 / 8.39
 """Images per second of CASM on ResNet-50 on an H100: the published rate of ResNet-50 by
@@ -41,8 +42,9 @@ CASM's operations (8.18 of 8.39 GFLOP by torch's counter)."""
 GPU_DECODE = 6_500
 """JPEGs per second of an H100's decoder: published 5,000 to 8,000."""
 
-HOST = 20e-6
-"""Seconds of one thread per image for everything after the network; assumed."""
+HOST = 46e-6
+"""Seconds of one thread per image for rows, Parquet and annotation; measured by bench_extract.py
+there."""
 
 PCIE, DISK = 25e9, 0.5e9
 """Bytes per second to a GPU and to the disk of the table; assumed."""

@@ -22,7 +22,8 @@ from casm_fast.data import parts, predictions
 from casm_fast.data.geometry import geometry
 from casm_fast.data.predictions import Convention
 from casm_fast.extraction import ExtractConfig
-from casm_fast.extraction.masks import boxed, picture_file, run_lengths
+from casm_fast.extraction.maps import picture_file
+from casm_fast.extraction.masks import boxed, run_lengths
 
 
 def expected(source: Watched) -> np.ndarray:

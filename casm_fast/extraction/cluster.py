@@ -29,7 +29,7 @@ from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
 from casm_fast.extraction import local
 from casm_fast.extraction.config import ExtractConfig, Masks
-from casm_fast.extraction.masks import PER_ROW
+from casm_fast.extraction.maps import PER_ROW
 from casm_fast.extraction.rows import Naming, label_numbers
 from casm_fast.extraction.writer import Rows
 from casm_fast.models.memory import keep_freed

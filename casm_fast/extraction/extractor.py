@@ -24,7 +24,7 @@ from casm_fast.data import localization
 from casm_fast.data.predictions import Convention
 from casm_fast.data.transforms import normalize
 from casm_fast.extraction.config import Masks, Precision
-from casm_fast.extraction.masks import stored
+from casm_fast.extraction.maps import stored
 from casm_fast.models.memory import in_parts, is_out_of_memory
 from casm_fast.models.saliency import SaliencyModel
 from casm_fast.models.statistics import Cells, inside, measure

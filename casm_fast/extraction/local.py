@@ -15,7 +15,8 @@ from casm_fast.data.predictions import Convention
 from casm_fast.data.source import ImageSource
 from casm_fast.extraction.config import ExtractConfig, Masks
 from casm_fast.extraction.extractor import Extractor, Launched, device_name
-from casm_fast.extraction.masks import PER_ROW, run_lengths, spread
+from casm_fast.extraction.maps import PER_ROW, spread
+from casm_fast.extraction.masks import run_lengths
 from casm_fast.extraction.rows import (
     Naming,
     Truth,

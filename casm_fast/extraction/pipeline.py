@@ -30,7 +30,7 @@ from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.extraction import local, processes
 from casm_fast.extraction.config import ExtractConfig
-from casm_fast.extraction.masks import PER_ROW
+from casm_fast.extraction.maps import PER_ROW
 from casm_fast.extraction.writer import Rows, Writer, writing
 from casm_fast.models import checkpoint
 from casm_fast.models.placement import choose_device

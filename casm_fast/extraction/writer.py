@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from casm_fast.data import parts, predictions
 from casm_fast.data.predictions import Description
 from casm_fast.extraction.config import Masks
-from casm_fast.extraction.masks import PER_ROW
-from casm_fast.extraction.masks import write as write_masks
+from casm_fast.extraction.maps import PER_ROW
+from casm_fast.extraction.maps import write as write_masks
 
 if TYPE_CHECKING:
     import pyarrow as pa
