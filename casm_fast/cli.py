@@ -32,7 +32,14 @@ from casm_fast.experiments import reproduce
 from casm_fast.experiments.reproduction import listing
 from casm_fast.extraction import ExtractConfig, export, extract, predict
 from casm_fast.extraction.exporting import Category, Format
-from casm_fast.models import compile_program, export_onnx, export_program, load, open_classifier
+from casm_fast.models import (
+    Classifier,
+    compile_program,
+    export_onnx,
+    export_program,
+    load,
+    open_classifier,
+)
 from casm_fast.perturbation import PerturbConfig, perturb_set
 from casm_fast.perturbation.config import Preset
 from casm_fast.report import browse, gallery, report
@@ -447,17 +454,8 @@ class Reproduce(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturb(Verb):
-    """Learn which region of each image a classifier's score needs: meaningful perturbation.
-
-    SOURCE is a photo, a folder, or a data set as for extract. Writes a figure and a mask per image,
-    and a row per image to rows.jsonl. Interrupted, the same command goes on where it stopped.
-
-    Example: casm-fast perturb photo.jpg --model googlenet
-    """
-
-    source: tyro.conf.Positional[str]
-    """Images."""
+class OfClassifier(Verb):
+    """What verbs take that explain a classifier."""
 
     model: str = "googlenet"
     """Architecture (torchvision, timm/NAME), or a checkpoint or run folder of casm_fast."""
@@ -475,6 +473,29 @@ class Perturb(Verb):
     """Shorter side to the input size and centre crop, or squash (default: crop, or as the
     checkpoint was trained)."""
 
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
+
+    def classifier(self) -> Classifier:
+        """The one that the options name."""
+        return open_classifier(
+            self.model, self.weights, self.classes, self.input_size, self.resize_policy
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturb(OfClassifier):
+    """Learn which region of each image a classifier's score needs: meaningful perturbation.
+
+    SOURCE is a photo, a folder, or a data set as for extract. Writes a figure and a mask per image,
+    and a row per image to rows.jsonl. Interrupted, the same command goes on where it stopped.
+
+    Example: casm-fast perturb photo.jpg --model googlenet
+    """
+
+    source: tyro.conf.Positional[str]
+    """Images."""
+
     target: int | Literal["predicted", "label"] = "predicted"
     """Class whose score counts: the best, each image's label, or one for all."""
 
@@ -484,9 +505,6 @@ class Perturb(Verb):
 
     figures: bool = True
     """Draw twelve panels per image."""
-
-    device: str = "auto"
-    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("perturbed")
     """Folder to write to."""
@@ -502,9 +520,7 @@ class Perturb(Verb):
             for name in names
             if (value := getattr(self.config, name)) != getattr(default, name)
         }
-        classifier = open_classifier(
-            self.model, self.weights, self.classes, self.input_size, self.resize_policy
-        )
+        classifier = self.classifier()
         try:
             made = perturb_set(
                 classifier,
@@ -523,7 +539,7 @@ class Perturb(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribute(Verb):
+class Attribute(OfClassifier):
     """Make saliency maps by the comparison methods of both papers.
 
     SOURCE is a photo, a folder, or a data set as for extract. Writes a picture, the maps and a row
@@ -538,22 +554,6 @@ class Attribute(Verb):
 
     method: tuple[str, ...] = ("all",)
     """Methods by name; all: every one that the classifier allows."""
-
-    model: str = "googlenet"
-    """Architecture (torchvision, timm/NAME), or a checkpoint or run folder of casm_fast."""
-
-    weights: str | None = "imagenet"
-    """Of an architecture: "imagenet", another name of torchvision's, a file, or None: random."""
-
-    classes: int = 1000
-    """Of an architecture."""
-
-    input_size: int | None = None
-    """Side of the images in pixels (default: 224, or as the checkpoint was trained)."""
-
-    resize_policy: Literal["crop", "squash"] | None = None
-    """Shorter side to the input size and centre crop, or squash (default: crop, or as the
-    checkpoint was trained)."""
 
     target: int | Literal["predicted", "label"] = "predicted"
     """Class that is explained: the best, each image's label, or one for all."""
@@ -573,9 +573,6 @@ class Attribute(Verb):
     seed: int = 0
     """Of random numbers."""
 
-    device: str = "auto"
-    """"auto" (a GPU when there is one), "cpu", "cuda", "cuda:1" ..."""
-
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("attributed")
     """Folder to write to."""
 
@@ -584,9 +581,7 @@ class Attribute(Verb):
         if self.source is None:
             print(f"{methods()}\n\nnext: casm-fast attribute photo.jpg --method NAME")
             return
-        classifier = open_classifier(
-            self.model, self.weights, self.classes, self.input_size, self.resize_policy
-        )
+        classifier = self.classifier()
         try:
             made = attribute_set(
                 classifier,
