@@ -6,10 +6,18 @@ import os
 import zlib
 
 import emulator
+import hypothesis
 import pytest
 import torch
 
 from casm_fast.ops import checks
+
+# The same examples in every run, so that a change is what makes a test fail. Other ones, to search:
+# CASM_FAST_TEST_EXPLORE=1 make test
+hypothesis.settings.register_profile(
+    "chosen", derandomize="CASM_FAST_TEST_EXPLORE" not in os.environ, database=None
+)
+hypothesis.settings.load_profile("chosen")
 
 # Parallel test processes share the cores; more threads than cores slow all of them several times.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
