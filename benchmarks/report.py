@@ -202,15 +202,14 @@ def speed(rows: dict[str, Any], name: str) -> float:
     return float(rows[name]["images_per_second"])
 
 
-def write_projection(sentences: list[str]) -> None:
-    """Puts the projections between their marks in the README."""
+def write_projection(sentence: str) -> None:
+    """Puts the newest projection between its marks in the README."""
     text = README.read_text()
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (mark and end):
         raise SystemExit(f"expected {BEGIN} ... {END} in README.md")
-    body = "".join(f"{sentence}\n" for sentence in sentences)
-    README.write_text(f"{before}{BEGIN}\n{body}{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n{sentence}\n{END}{after}")
 
 
 TRAINING = """How to read it. *authors* is one iteration of the CASM authors' published loop, with
@@ -313,13 +312,13 @@ def main() -> None:
             page += ["Where the time of *ours* goes:", "", *phase_table(steps), ""]
             sentence = projection(steps, device)
             page += [sentence, ""] if sentence else []
-            projections += [sentence] if sentence else []
+            projections += [(run["datetime"], sentence)] if sentence else []
         cases = [b["extra_info"] for b in run["benchmarks"] if "extraction" in b["extra_info"]]
         if cases:
             page += ["### extraction", "", EXTRACTION, "", *extraction_table(cases), ""]
             page += ["Every stage alone:", "", *stage_table(cases), ""]
     if projections:
-        write_projection(projections)
+        write_projection(max(projections)[1])
     PAGE.write_text("\n".join(page))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
