@@ -39,7 +39,6 @@ from casm_fast.ops.jitter_mask import axis_weights
 from casm_fast.perturbation import PerturbConfig
 from casm_fast.perturbation.descent import descend
 from casm_fast.perturbation.judging import judging
-from casm_fast.perturbation.pipeline import INTERLEAVED
 from casm_fast.perturbation.showing import pictures, shifts
 
 STEPS = 5
@@ -161,7 +160,7 @@ def test_steps(
     # Far enough from flat for gradients above rounding, which Adam would enlarge.
     first = (0.2 + 0.6 * torch.rand(batch, 1, 28, 28, generator=generator)).to(device)
     targets = Targets((torch.arange(batch) % 8)[:, None].to(device))
-    interleaved = device.type == "cpu" and batch >= INTERLEAVED  # as perturb would choose
+    interleaved = device.type == "cpu"  # as perturb would choose
     layout = torch.channels_last if interleaved else torch.contiguous_format
     with judging(classifier, config) as judge:
         moving = pictures(images, config, layout).enlarged(config.jitter)

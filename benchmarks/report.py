@@ -23,6 +23,9 @@ IMAGES = ROOT / "docs" / "images"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- projection -->", "<!-- /projection -->"
 
+COMPOSED = ("protocol", "perturb", "contour")
+"""Beginnings of what is no single pass over memory: a picture of its traffic would say nothing."""
+
 # 70 epochs of 2,002 batches of 128: 20 % of ImageNet's 1,281,167 training images.
 PAPER_IMAGES = 70 * 2002 * 128
 
@@ -285,8 +288,8 @@ def main() -> None:
         copy = races[0]["copy_gigabytes_per_second"]
         device = f"{machine['device']}, {machine['threads']} threads"
         image = IMAGES / f"roofline-{source.stem}.png"
-        ops = [race for race in races if not race["op"].startswith("protocol")]
-        if ops:  # protocols are far from the memory's limit: a picture would say nothing
+        ops = [race for race in races if not race["op"].startswith(COMPOSED)]
+        if ops:
             picture(ops, image, device, copy)
         page += [
             f"## {device}",

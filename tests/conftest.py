@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
+from collections.abc import Iterator
 
 import emulator
 import hypothesis
@@ -21,6 +23,15 @@ hypothesis.settings.load_profile("chosen")
 
 # Parallel test processes share the cores; more threads than cores slow all of them several times.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """The level of the package's log, which the command line sets, ends with the test."""
+    log = logging.getLogger("casm_fast")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

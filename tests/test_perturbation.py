@@ -750,10 +750,13 @@ def test_layouts_change_rounding_alone(caplog: pytest.LogCaptureFixture) -> None
     error = (made["auto"] - made["contiguous"]).abs()
     assert (error < 1e-4).float().mean() > 0.99
     assert error.max() < 2e-2
-    casm_fast.perturb(net, images[:7], 1, steps=1)  # a small batch stays as it came
-    assert not layouts[-1]
-    casm_fast.perturb(net, images[:7].to(memory_format=torch.channels_last), 1, steps=1)
-    assert layouts[-1]
+    for few in (1, 2):  # any number of images
+        casm_fast.perturb(net, images[:few], 1, steps=1)
+        assert layouts[-1]
+    layouts.clear()  # but not float64
+    casm_fast.perturb(net.double(), images[:2].double(), 1, steps=1)
+    assert not any(layouts)
+    net.float()
 
     views = Viewing()
     with caplog.at_level("INFO", logger="casm_fast.perturbation"):
@@ -925,8 +928,8 @@ def test_tokens_before_the_grid_are_kept() -> None:
     )
     casm_fast.perturb(network, images, 1, config, initial_value=0.0)
     handle.remove()
-    # passes: probe, before, everything hidden, first step
-    whole, hidden = kept[1], kept[3]
+    # passes: probe, layout, before, everything hidden, first step
+    whole, hidden = kept[2], kept[4]
     assert torch.equal(whole[:, 0], hidden[:, 0])
     assert (hidden[:, 1:] == 0).all()
     assert len(block._forward_hooks) == 0

@@ -28,10 +28,6 @@ MASK_SIZE = (28, 28)
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-INTERLEAVED = 8
-"""Images from which on channels_last is faster on the CPU, in all networks of some depth that were
-measured: the compact one, GoogLeNet, ResNet-50, VGG-16."""
-
 ROSE = 0.1
 """Share of the first objective's size (at least of 1) by which it may rise."""
 
@@ -105,7 +101,7 @@ class _Solver:
     def solve(self) -> Perturbation:
         parts: list[Perturbation] = []
         size = self._fitting()
-        self.layout = self._layout(min(size, len(self.images)))
+        self.layout = self._layout()
         for solved, used in in_parts(len(self.images), size, self._part, self.images.device):
             parts.append(solved)
             size = used
@@ -173,12 +169,16 @@ class _Solver:
         room = budget(self.images.device, self.config.memory_budget)
         return max(1, int(room / self._footprint()))
 
-    def _layout(self, size: int) -> torch.memory_format:
-        """How the images of such batches lie in memory."""
+    def _layout(self) -> torch.memory_format:
+        """How the images lie in memory.
+
+        On a CPU with their channels last: AlexNet, GoogLeNet, ResNet-50 and VGG-16 are faster so
+        with any number of images, networks of few layers no slower.
+        """
         if self.config.layout != "auto":
             return LAYOUTS[self.config.layout]
         images = self.images
-        if images.device.type == "cpu" and images.dtype == torch.float32 and size >= INTERLEAVED:
+        if images.device.type == "cpu" and images.dtype == torch.float32:
             try:
                 self._trial(LAYOUTS["channels_last"])
             except RuntimeError as error:  # such as a view of activations
