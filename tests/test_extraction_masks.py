@@ -25,6 +25,9 @@ from casm_fast.extraction import ExtractConfig
 from casm_fast.extraction.maps import picture_file
 from casm_fast.extraction.masks import boxed, run_lengths
 
+# pycocotools' own.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def expected(source: Watched) -> np.ndarray:
     """The red channel in cells, NaN for the image that cannot be read."""

@@ -15,8 +15,10 @@ import importlib.util
 import logging
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,15 +161,17 @@ def rows(
             num_gpus=spread.gpus,
         )
         names = predictions.schema(segmented=config.masks == "rle").names
-        for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-            start, height, width, device = (table[name][0].as_py() for name in _BESIDE)
-            yield Rows(
-                start,
-                table.select(names),
-                (height, width),
-                f"{spread.actors} x {device}, by Ray {ray.__version__}",
-                _maps(table, (height, width), config.masks),
-            )
+        made = iter(found.iter_batches(batch_size=None, batch_format="pyarrow"))
+        with closing(made):  # else Ray would go on reading while it is shut down
+            for table in made:
+                start, height, width, device = (table[name][0].as_py() for name in _BESIDE)
+                yield Rows(
+                    start,
+                    table.select(names),
+                    (height, width),
+                    f"{spread.actors} x {device}, by Ray {ray.__version__}",
+                    _maps(table, (height, width), config.masks),
+                )
 
 
 @contextmanager
@@ -185,7 +189,8 @@ def _cluster() -> Iterator[Any]:
 
     started = not ray.is_initialized()
     if started:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        with _own_handler(signal.SIGTERM):
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
     talk = logging.getLogger("ray.data")
     level = talk.level
     talk.setLevel(logging.ERROR)  # it tells each step of every plan
@@ -195,6 +200,15 @@ def _cluster() -> Iterator[Any]:
         talk.setLevel(level)
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """Keeps what this process does at a signal: Ray would exit at once, with its number."""
+    before = signal.getsignal(number)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(number, before)
 
 
 @dataclasses.dataclass(frozen=True)
