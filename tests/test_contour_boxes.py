@@ -6,7 +6,6 @@ RETR_TREE, the largest by contourArea, the bounding rectangle. Everything is com
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import cv2
@@ -17,15 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from refusals import refuses
 from torch.library import opcheck
 
 from casm_fast.ops import contour_boxes, contour_overlap
 
 SHAPES = [(1, 1), (1, 17), (17, 1), (2, 2), (3, 3), (13, 9), (24, 31)]
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 # ---------------------------------------------------------------- maps

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 from scipy import stats
 
 from casm_fast.data import localization, predictions
@@ -25,11 +25,6 @@ from casm_fast.evaluation.scores import score
 SIZE = 16
 CONVENTION = Convention(SIZE, "crop", "mean", 1.0, "largest", 4)
 DESCRIPTION = Description("synthetic:val", CONVENTION, (SIZE, SIZE))
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    """Expects an error with exactly this text."""
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def row(image_id: str, box: Any, truth: Any, **values: Any) -> dict[str, Any]:

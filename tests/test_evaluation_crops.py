@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import cv2
 import numpy as np
@@ -12,15 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 from torch import nn
 from torch.nn import functional as F
 
 from casm_fast.evaluation import crop_metric, join, saliency_metric
 from casm_fast.evaluation.crops import crop
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def net() -> nn.Module:

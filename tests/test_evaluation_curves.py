@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 from scipy.ndimage import convolve, gaussian_filter
 from sklearn import metrics
 from torch import nn
 
 from casm_fast.evaluation import join, perturbation_curves
 from casm_fast.evaluation.curves import rise_kernel
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def net() -> nn.Module:

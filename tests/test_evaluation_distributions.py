@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refuses
 from scipy import stats
 
 from casm_fast.data import CocoSource, generate, write_coco
 from casm_fast.evaluation import object_distributions
 from casm_fast.evaluation.distributions import PUBLISHED
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def written(path: Path, pictures: int, seed: int = 0) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 from scipy import stats
 
 from casm_fast.evaluation import Interval, bootstrap, intervals, join, paired_bootstrap
@@ -19,10 +18,6 @@ RNG = np.random.default_rng(5)
 SCORES = RNG.exponential(size=40)
 HITS = (RNG.random(60) < 0.8).astype(float)
 LABELS = RNG.integers(0, 4, 40)
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def median(values: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import scipy.ndimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 
 from casm_fast import evaluation
 from casm_fast.data import localization
@@ -27,10 +28,6 @@ from casm_fast.evaluation.weak_localisation import GRIDS
 from casm_fast.ops import mask_boxes
 
 RULES = ["value", "energy", "mean"]
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def blobs(n: int, h: int, w: int, seed: int = 0, ties: bool = False) -> np.ndarray:

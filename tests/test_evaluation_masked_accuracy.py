@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 from torch import nn
 
 from casm_fast.evaluation import join, many_classifiers
 from casm_fast.evaluation.masked_accuracy import marked
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def net(seed: int) -> nn.Module:

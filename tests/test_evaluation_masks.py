@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 
 from casm_fast.evaluation import join, mask_statistics
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def test_agrees_with_a_loop_over_pixels():

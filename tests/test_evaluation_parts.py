@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from refusals import refuses
 from scipy import stats
 
 from casm_fast.data import geometry
 from casm_fast.evaluation import Keypoint, join, part_intensities, part_ratios, read_keypoints
 
 mpl.use("agg")
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 CSV = "image_id,class,part,x,y\na,dog,eye,3,4.5\na,dog,foot,10,12\nb,hen,eye,1,2\n"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 
 from casm_fast.data import CocoSource, generate, geometry, write_coco
 from casm_fast.evaluation import (
@@ -26,10 +27,6 @@ from casm_fast.evaluation import (
 from casm_fast.evaluation.pointing import Points
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning:pycocotools")
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def loop_hit(mask: np.ndarray, x: float, y: float, tolerance: float) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 from scipy import stats
 from skimage import feature, metrics
 from torch import nn
@@ -30,10 +30,6 @@ from casm_fast.evaluation.sanity import layers_from_top, randomise
 
 GRADIENT = functools.partial(casm_fast.attribute, "gradient")
 FAST = ("spearman", "ssim")
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 class Branching(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from refusals import refuses
 from scipy import stats
 
 from casm_fast import evaluation
@@ -22,10 +22,6 @@ from casm_fast.evaluation.intervals import bootstrap_means, bootstrap_sums, mean
 N, SIDE, DRAWS = 14, 12, 60
 RNG = np.random.default_rng(11)
 SIZES = np.full((N, 2), SIDE)
-
-
-def refuses(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def bump(box: np.ndarray) -> np.ndarray:
