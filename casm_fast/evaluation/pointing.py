@@ -434,8 +434,8 @@ def _convention(config: PointingConfig, truth: str, mapped: bool) -> str:
         "first": "of tied maxima the first in raster order counts",
     }[config.ties]
     return (
-        f"a hit: the maximum lies less than {config.tolerance:g} px (strictly) from the {truth} of "
-        f"the class, in pixels of {frame}; {ties}; mean over the classes present; difficult: the "
-        f"{truth} of the class less than {100 * config.difficult_area:g} % of the image, and a "
+        f"a hit: the maximum lies less than {config.tolerance:.3g} px (strictly) from the {truth} "
+        f"of the class, in pixels of {frame}; {ties}; mean over the classes present; difficult: "
+        f"the {truth} of the class less than {100 * config.difficult_area:g} % of the image, and a "
         "distractor"
     )
