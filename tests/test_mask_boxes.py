@@ -155,9 +155,11 @@ def test_equals_reference_for_16_bits(rule, gpu_device):
         assert same(mask_boxes(mask, rule=rule), mask_boxes.reference(mask.cpu(), rule=rule))
 
 
-@pytest.mark.parametrize("shape", [(4000, 1), (1950, 40)])
-def test_images_beyond_shared_memory_equal_reference(shape, gpu_device):
-    """The kernels that keep bits and slots in global memory; tall images have most words."""
+@pytest.mark.parametrize("shape", [(144, 144), (98, 200), (4000, 1), (1950, 40)])
+def test_images_at_the_limits_of_shared_memory_equal_reference(shape, gpu_device):
+    """Just below the 48 KiB that need no permission, and too much for any block: the kernels that
+    keep bits and slots in global memory. Tall images have most words.
+    """
     names = ["spiral", "comb_sideways", "diagonals", "noise_593"]
     binary = np.stack([ADVERSARIAL[name](*shape) for name in names])
     labels = connected_components(batch(binary, gpu_device, torch.uint8), 8)

@@ -82,6 +82,18 @@ __device__ inline T* dynamic_shared() {
   return reinterpret_cast<T*>(casm_fast_dynamic_shared);
 }
 
+// What needs no permission on any architecture: 48 KiB, less what a kernel keeps in static shared memory beside it.
+constexpr int64_t kSharedWithoutPermission = 44 << 10;
+
+// Lets a kernel ask for all shared memory that its static part leaves. The permission belongs to the process: always
+// the same number, so that threads that launch the kernel with other sizes cannot take it from one another.
+inline void permit_shared_bytes(const void* kernel, int32_t device_index) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  const int64_t most = max_shared_bytes(device_index) - static_cast<int64_t>(attributes.sharedSizeBytes);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
+}
+
 // Starts `kernel` on torch's current stream of the device. An empty grid is no launch. Capturable in a CUDA graph.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes, int32_t device_index,
@@ -90,11 +102,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-  // Up to here no permission is needed; every architecture grants this much.
-  constexpr int64_t kSharedWithoutPermission = 48 << 10;
-  if (shared_bytes > kSharedWithoutPermission)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > kSharedWithoutPermission) permit_shared_bytes(reinterpret_cast<const void*>(kernel), device_index);
   // clang-format off: it takes the brackets of a launch for those of templates
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
   // clang-format on
