@@ -67,7 +67,7 @@ template <typename T>
 CASM_FAST_HD inline T square_root(T s) {
 #ifdef __CUDA_ARCH__
   // Two units in the last place instead of a dozen instructions for the correctly rounded root.
-  if constexpr (sizeof(T) == 4) return s > 0 ? s * rsqrtf(s) : s;
+  if constexpr (sizeof(T) == 4) return s > 0 && s < T(INFINITY) ? s * rsqrtf(s) : s;
 #endif
   return std::sqrt(s);
 }

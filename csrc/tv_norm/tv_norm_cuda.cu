@@ -85,7 +85,7 @@ __device__ void store_team_sum(T term, const Layout& layout, const Place& place,
 // sums [images * teams]
 template <typename scalar_t, int kPack, Beta kBeta, bool kIsotropic>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    value_kernel(const scalar_t* mask, acc_t<scalar_t>* sums, Layout layout, acc_t<scalar_t> beta) {
+    value_kernel(const scalar_t* __restrict__ mask, acc_t<scalar_t>* sums, Layout layout, acc_t<scalar_t> beta) {
   using T = acc_t<scalar_t>;
   const Place place(layout, kPack);
   T term = 0;
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // grad_mask = weight[image] * gradient; the terms go to sums [images * teams] too, unless that is null.
 template <typename scalar_t, int kPack, Beta kBeta, bool kIsotropic>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    gradient_kernel(const scalar_t* mask, Weight<acc_t<scalar_t>> weight, scalar_t* grad_mask, acc_t<scalar_t>* sums,
-                    Layout layout, acc_t<scalar_t> beta) {
+    gradient_kernel(const scalar_t* __restrict__ mask, Weight<acc_t<scalar_t>> weight, scalar_t* __restrict__ grad_mask,
+                    acc_t<scalar_t>* sums, Layout layout, acc_t<scalar_t> beta) {
   using T = acc_t<scalar_t>;
   const Place place(layout, kPack);
   T term = 0;
