@@ -129,6 +129,22 @@ struct Weight {
   __device__ int64_t operator()(double pixel) const { return masses ? mass(pixel) : 1; }
 };
 
+// Sums of whole numbers in shared memory. Its 64-bit atomics are loops, so a sum is two words of 32 bits, and a carry
+// of the lower goes to the upper; numbers below 2^32 seldom touch the upper.
+template <int kCount>
+struct Sums {
+  unsigned low[kCount], high[kCount];
+
+  __device__ void clear(int i) { low[i] = high[i] = 0; }
+  __device__ void add(int i, int64_t number) {
+    const unsigned lower = static_cast<unsigned>(number);
+    const unsigned carry = atomicAdd(&low[i], lower) > ~lower;
+    const unsigned upper = static_cast<unsigned>(number >> 32) + carry;
+    if (upper) atomicAdd(&high[i], upper);
+  }
+  __device__ int64_t operator[](int i) const { return static_cast<int64_t>(high[i]) << 32 | low[i]; }
+};
+
 // The highest pixel such that the weights of it and of all above it add up to `target` or more: radix descent by eight
 // bits, whole numbers in the histogram. Every thread calls, and gets the result.
 template <typename scalar_t>
@@ -136,23 +152,22 @@ __device__ acc_t<scalar_t> select_from_top(const scalar_t* pixels, int64_t n, in
   using T = acc_t<scalar_t>;
   using Key = decltype(ordered_key(T()));
   constexpr int kBits = 8 * sizeof(Key), kBuckets = 256;
-  CASM_FAST_SHARED unsigned long long histogram[kBuckets];
-  CASM_FAST_SHARED unsigned long long found[2];  // the bucket, and what is left of the target in it
+  CASM_FAST_SHARED Sums<kBuckets> histogram;
+  CASM_FAST_SHARED int64_t found[2];  // the bucket, and what is left of the target in it
   Key prefix = 0;
   for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < kBuckets; i += kThreads) histogram[i] = 0;
+    for (int i = threadIdx.x; i < kBuckets; i += kThreads) histogram.clear(i);
     __syncthreads();
     for (int64_t i = threadIdx.x; i < n; i += kThreads) {
       const T pixel = static_cast<T>(pixels[i]);
       const Key key = ordered_key(pixel);
       const bool candidate = shift == kBits - 8 || key >> (shift + 8) == prefix >> (shift + 8);
-      if (candidate && pixel == pixel)
-        atomicAdd(&histogram[key >> shift & (kBuckets - 1)], static_cast<unsigned long long>(weight(double(pixel))));
+      if (candidate && pixel == pixel) histogram.add(int(key >> shift & (kBuckets - 1)), weight(double(pixel)));
     }
     __syncthreads();
     if (threadIdx.x == 0) {
       int bucket = kBuckets - 1;
-      unsigned long long left = target;
+      int64_t left = target;
       for (; bucket > 0 && histogram[bucket] < left; --bucket) left -= histogram[bucket];
       found[0] = bucket;
       found[1] = left;
@@ -197,25 +212,37 @@ __device__ acc_t<scalar_t> find_level(const scalar_t* pixels, const Job& job) {
 }
 
 // ---------------------------------------------------------------- bits
-// The bits of words [first, last) of an image, by one block, from the last word to the first.
+// The bits of words [first, last) of an image, by one block, from the last word to the first. A warp takes every
+// kWarps-th word; how far that is in rows and words is known before, so that no pixel costs a division.
 template <typename scalar_t, typename Keep>
 __device__ void pack_words(const scalar_t* __restrict__ pixels, const Job& job, int first, int last, Keep keep,
                            uint32_t* bits) {
   constexpr int kBatch = 8;  // loads under way at once
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int end = last - warp; end > first; end -= kBatch * kWarps) {
+  int k = last - 1 - warp;  // the word, whose first pixel is (y, 32 * word)
+  if (k < first) return;
+  int y = k / job.words, word = k - y * job.words;
+  const int step_y = kWarps / job.words, step_word = kWarps - step_y * job.words;
+  const scalar_t* pixel = pixels + int64_t(y) * job.W + 32 * word + lane;
+  const int64_t back = int64_t(step_y) * job.W + 32 * step_word, turn = 32 * job.words - job.W;
+  while (k >= first) {
     bool kept[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int k = end - 1 - i * kWarps, y = k / job.words, x = 32 * (k - y * job.words) + lane;
-      kept[i] = k >= first && x < job.W && keep(pixels[int64_t(y) * job.W + x]);
+      kept[i] = k - i * kWarps >= first && 32 * word + lane < job.W && keep(*pixel);
+      pixel -= back;
+      word -= step_word;
+      if (word < 0) {  // in the row above
+        word += job.words;
+        pixel += turn;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const uint32_t word = __ballot_sync(kFullWarp, kept[i]);
-      const int k = end - 1 - i * kWarps;
-      if (lane == 0 && k >= first) bits[k] = word;
+      const uint32_t packed = __ballot_sync(kFullWarp, kept[i]);
+      if (lane == 0 && k - i * kWarps >= first) bits[k - i * kWarps] = packed;
     }
+    k -= kBatch * kWarps;
   }
 }
 
