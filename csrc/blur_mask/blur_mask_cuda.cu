@@ -662,23 +662,24 @@ Tensor blur_mask_backward_image(const Tensor& grad_output, const Tensor& mask, d
 
 // ---------------------------------------------------------------- the gradient of the mask
 
-// grad_mask = sum over the channels of grad * (image - blurred), in their order; a thread per pixel.
+// grad_mask = sum over the channels of grad * (image - blurred), in their order; a thread per pixel, `blocks` an image.
 template <typename scalar_t>
 __global__ void __launch_bounds__(256)
-    mask_gradient_kernel(View<scalar_t> grad, View<scalar_t> image, View<scalar_t> blurred, scalar_t* grad_mask, int B,
-                         int C, int H, int W) {
+    mask_gradient_kernel(View<scalar_t> grad, View<scalar_t> image, View<scalar_t> blurred, scalar_t* grad_mask, int C,
+                         int H, int W, unsigned blocks) {
   using T = acc_t<scalar_t>;
-  const int64_t pixel = blockIdx.x * int64_t(256) + threadIdx.x, row = pixel / W;
-  const int x = static_cast<int>(pixel - row * W), b = static_cast<int>(row / H),
-            y = static_cast<int>(row - int64_t(b) * H);
-  if (b >= B) return;
+  const int b = static_cast<int>(blockIdx.x / blocks);
+  const unsigned pixel = (blockIdx.x - b * blocks) * 256 + threadIdx.x, y = pixel / W, x = pixel - y * W;
+  if (y >= static_cast<unsigned>(H)) return;
+  const scalar_t *flow = grad.at(b * C, y, x), *top = image.at(b * C, y, x), *below = blurred.at(b * C, y, x);
   T sum = 0;
   for (int c = 0; c < C; ++c) {
-    const int plane = b * C + c;
-    sum += static_cast<T>(*grad.at(plane, y, x)) *
-           (static_cast<T>(*image.at(plane, y, x)) - static_cast<T>(*blurred.at(plane, y, x)));
+    sum += static_cast<T>(*flow) * (static_cast<T>(*top) - static_cast<T>(*below));
+    flow += grad.over_channels;
+    top += image.over_channels;
+    below += blurred.over_channels;
   }
-  grad_mask[pixel] = static_cast<scalar_t>(sum);
+  grad_mask[int64_t(b) * H * W + pixel] = static_cast<scalar_t>(sum);
 }
 
 Tensor blur_mask_backward_mask(const Tensor& grad_output, const Tensor& image, const Tensor& blurred) {
@@ -688,10 +689,11 @@ Tensor blur_mask_backward_mask(const Tensor& grad_output, const Tensor& image, c
   const Shape s(image);
   Tensor grad_mask = torch::stable::new_empty(image, {s.B, 1, s.H, s.W});
   for_cuda_dtype(image, [&]<typename scalar_t>() {
-    const int64_t pixels = s.B * s.H * s.W;
-    launch(mask_gradient_kernel<scalar_t>, dim3(static_cast<unsigned>(ceil_div(pixels, 256))), dim3(256), 0, device,
+    const int64_t blocks = ceil_div(int64_t(s.H) * s.W, 256);
+    STD_TORCH_CHECK(blocks * 256 <= INT32_MAX && blocks * s.B <= INT32_MAX, "image has too many pixels");
+    launch(mask_gradient_kernel<scalar_t>, dim3(static_cast<unsigned>(blocks * s.B)), dim3(256), 0, device,
            View<scalar_t>(grad_output, s.C), View<scalar_t>(image, s.C), View<scalar_t>(blurred, s.C),
-           grad_mask.mutable_data_ptr<scalar_t>(), s.B, s.C, s.H, s.W);
+           grad_mask.mutable_data_ptr<scalar_t>(), s.C, s.H, s.W, static_cast<unsigned>(blocks));
   });
   return grad_mask;
 }
