@@ -9,12 +9,13 @@
 // a smaller mask it takes the road of jitter_mask with one weight per pixel.
 //
 // Bytes per pixel of three float channels: blend and jitter_mask 36 (24 without reference), plus 4 for a mask of image
-// size; the gradient of the mask 36, of an image 24. At 28x28 to 224x224 a pixel takes about 12 multiplications, far
-// below what the traffic leaves time for. Rows that begin on a pack (16 bytes, 8 of 16-bit storage) are read and
-// written in packs; a random shift moves three images out of four off them, and those go value by value, neighbours by
-// neighbouring threads, which moves the same lines. channels_last images are rows of W * C values here: the same
-// kernels, not copied. Limits: shared memory holds the weights of a tile, so that sigma can reach over some thousand
-// cells, not more.
+// size; the gradient of the mask 36, of an image 24. At 28x28 to 224x224 jitter_mask takes about 140 instructions a
+// pixel (counted in the code for Hopper), which it issues in less than half of the time that the traffic needs: hence
+// no division inside a loop, and one weight for four columns. Rows that begin on a pack (16 bytes, 8 of 16-bit storage)
+// are read and written in packs. A random shift moves one side of three images out of four off them: that side goes
+// value by value, four neighbours a thread, which moves the same lines. channels_last images are rows of W * C values
+// here: the same kernels, not copied. Limits: shared memory holds the weights of a tile, so that sigma can reach over
+// some thousand cells, not more.
 
 #include "common/dispatch.h"
 #include "common/launch.h"
@@ -24,6 +25,7 @@ namespace casm_fast {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 constexpr int kPlanes = 3;  // channels under way at once: enough loads in flight, and all of an RGB image
 
 // Values per access: 16 bytes, but 8 of 16-bit storage. Those keep as much under way with half the registers, and rows
@@ -34,7 +36,9 @@ constexpr int kPackOf = sizeof(T) == 8 ? 2 : 4;
 // Blocks per multiprocessor, at least, so that enough loads are under way: six per thread in the forward pass, nine in
 // the gradient. (double is there for gradcheck.)
 template <typename T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
+constexpr int kBlocks = sizeof(T) == 8   ? 2
+                        : sizeof(T) == 4 ? 4
+                                         : 3;
 template <typename T>
 constexpr int kFoldBlocks = sizeof(T) == 8 ? 2 : 3;
 
@@ -55,45 +59,93 @@ dim3 blocks_for(int64_t count) {
   return dim3(static_cast<unsigned>(count));
 }
 
-// Whether images, planes and rows are a whole number of packs apart; that of an absent image is.
+// Whether every row of every plane begins on a pack; so do those of an absent image.
 template <typename T>
-bool steps_by_packs(const Rows<T>& rows) {
-  return rows.batch % kPackOf<T> == 0 && rows.plane % kPackOf<T> == 0 && rows.row % kPackOf<T> == 0;
+CASM_FAST_HD bool begins_on_packs(const Rows<T>& rows) {
+  return rows.batch % kPackOf<T> == 0 && rows.plane % kPackOf<T> == 0 && rows.row % kPackOf<T> == 0 &&
+         reinterpret_cast<uintptr_t>(rows.data) % (kPackOf<T> * sizeof(T)) == 0;
 }
 
-// Whether every row begins on a pack too.
-template <typename T>
-bool begins_on_packs(const Rows<T>& rows) {
-  return steps_by_packs(rows) && reinterpret_cast<uintptr_t>(rows.data) % (kPackOf<T> * sizeof(T)) == 0;
+// Calls `f(row, column)` for every place of a field, from the first on, kThreads of them at a time. Only the first
+// place of a thread costs a division.
+template <typename F>
+__device__ void for_each_place(int rows, int columns, const F& f) {
+  const int down = kThreads / columns, across = kThreads - down * columns;
+  int row = static_cast<int>(threadIdx.x) / columns, column = static_cast<int>(threadIdx.x) - row * columns;
+  while (row < rows) {
+    f(row, column);
+    row += down;
+    column += across;
+    if (column >= columns) {
+      column -= columns;
+      ++row;
+    }
+  }
 }
 
 // ---------------------------------------------------------------- pixels
 
-// One place of an image, in all its planes; null where the image is not given.
+// Neighbouring values of the first plane of an image, and how far the next plane is.
 template <typename T>
 struct Place {
   T* data;
   int64_t plane;
-  __device__ explicit operator bool() const { return data != nullptr; }
-  __device__ T* operator[](int64_t p) const { return data + p * plane; }
 };
 
-template <typename T>
-__device__ Place<T> place_of(const Rows<T>& rows, int64_t b, int64_t y, int64_t i) {
-  return {rows ? rows.at(b, 0, y) + i : nullptr, rows.plane};
+// kCount neighbouring values: kWide where they begin on a pack, else one by one.
+template <int kCount, bool kWide, typename T>
+__device__ Pack<T, kCount> load_values(const T* address) {
+  Pack<T, kCount> values;
+  if constexpr (kWide) {
+    values = load_pack<kCount>(address);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) values[j] = address[j];
+  }
+  return values;
 }
 
-// Blends kCount neighbouring values of every plane under `keep`.
-template <int kCount, typename T, typename A>
-__device__ void blend_values(int64_t planes, const Place<const T>& image, const Place<const T>& reference,
-                             const Place<T>& out, const A (&keep)[kCount]) {
-  for (int64_t plane = 0; plane < planes; plane += kPlanes) {
-    Pack<T, kCount> top[kPlanes] = {}, below[kPlanes] = {};
+template <int kCount, bool kWide, typename T>
+__device__ void store_values(T* address, const Pack<T, kCount>& values) {
+  if constexpr (kWide) {
+    store_pack(address, values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) address[j] = values[j];
+  }
+}
+
+// What stands for an absent image, which is never read.
+template <typename T>
+Rows<const T> or_else(const Rows<const T>& rows, const Rows<const T>& other) {
+  return rows ? rows : other;
+}
+
+// Which images a kernel reads. A blend of one image alone is that of the first; its keep may be turned around, which
+// makes it the second's.
+enum class Given { none, one, both };
+
+// Calls `f` with whether both images are given, or one.
+template <typename F>
+void for_both_or_one(bool both, const F& f) {
+  both ? f.template operator()<Given::both>() : f.template operator()<Given::one>();
+}
+
+// Blends kCount neighbouring values of every plane: image * keep, and reference * (1 - keep) where it is given.
+template <int kCount, Given kGiven, bool kWideIn, bool kWideOut, typename T, typename A>
+__device__ void blend_values(int planes, Place<const T> image, Place<const T> reference, Place<T> out,
+                             const A (&keep)[kCount]) {
+  for (int plane = 0; plane < planes; plane += kPlanes) {
+    Pack<T, kCount> top[kPlanes], below[kPlanes];
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
       if (plane + p >= planes) break;
-      if (image) top[p] = load_pack<kCount>(image[plane + p]);
-      if (reference) below[p] = load_pack<kCount>(reference[plane + p]);
+      top[p] = load_values<kCount, kWideIn>(image.data);
+      image.data += image.plane;
+      if constexpr (kGiven == Given::both) {
+        below[p] = load_values<kCount, kWideIn>(reference.data);
+        reference.data += reference.plane;
+      }
     }
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
@@ -101,85 +153,154 @@ __device__ void blend_values(int64_t planes, const Place<const T>& image, const 
       Pack<T, kCount> result;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        // A zero that stands for an absent image must not meet an infinite mask.
-        A value = image ? static_cast<A>(top[p][j]) * keep[j] : A(0);
-        if (reference) value += static_cast<A>(below[p][j]) * (1 - keep[j]);
+        A value = static_cast<A>(top[p][j]) * keep[j];
+        if constexpr (kGiven == Given::both) value += static_cast<A>(below[p][j]) * (1 - keep[j]);
         result[j] = static_cast<T>(value);
       }
-      store_pack(out[plane + p], result);
+      store_values<kCount, kWideOut>(out.data, result);
+      out.data += out.plane;
     }
   }
 }
 
-// What the mask value of kCount neighbouring places receives: grad * (image - reference), summed over `count` planes,
-// or grad where no image is given.
-template <int kCount, typename T, typename A>
-__device__ void slopes_of(int64_t count, const Place<const T>& grad, const Place<const T>& image,
-                          const Place<const T>& reference, A (&slope)[kCount]) {
+// What the mask value of kCount neighbouring places receives, summed over the planes: grad * (image - reference), or
+// grad * image, or grad where no image is given.
+template <int kCount, Given kGiven, bool kWideGrad, bool kWide, typename T, typename A>
+__device__ void slopes_of(int planes, Place<const T> grad, Place<const T> image, Place<const T> reference,
+                          A (&slope)[kCount]) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) slope[j] = 0;
-  for (int64_t plane = 0; plane < count; plane += kPlanes) {
-    Pack<T, kCount> flow[kPlanes] = {}, top[kPlanes] = {}, below[kPlanes] = {};
+  for (int plane = 0; plane < planes; plane += kPlanes) {
+    Pack<T, kCount> flow[kPlanes], top[kPlanes], below[kPlanes];
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
-      if (plane + p >= count) break;
-      flow[p] = load_pack<kCount>(grad[plane + p]);
-      if (image) top[p] = load_pack<kCount>(image[plane + p]);
-      if (reference) below[p] = load_pack<kCount>(reference[plane + p]);
+      if (plane + p >= planes) break;
+      flow[p] = load_values<kCount, kWideGrad>(grad.data);
+      grad.data += grad.plane;
+      if constexpr (kGiven != Given::none) {
+        top[p] = load_values<kCount, kWide>(image.data);
+        image.data += image.plane;
+      }
+      if constexpr (kGiven == Given::both) {
+        below[p] = load_values<kCount, kWide>(reference.data);
+        reference.data += reference.plane;
+      }
     }
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) {
-      if (plane + p >= count) break;
+      if (plane + p >= planes) break;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const A difference = image ? static_cast<A>(top[p][j]) - static_cast<A>(below[p][j]) : A(1);
+        A difference = 1;
+        if constexpr (kGiven != Given::none) difference = static_cast<A>(top[p][j]);
+        if constexpr (kGiven == Given::both) difference -= static_cast<A>(below[p][j]);
         slope[j] += static_cast<A>(flow[p][j]) * difference;
       }
     }
   }
 }
 
-// The pixels of an image [B, H, W] with their channels `plane` apart, whichever way they lie.
-template <typename T>
-__device__ Place<T> pixel_of(const Rows<T>& rows, const Frame& frame, int64_t b, int64_t y, int64_t x) {
-  Place<T> place = place_of(rows, b, y, x * frame.repeat);
-  if (frame.repeat > 1) place.plane = 1;
-  return place;
-}
-
 // ---------------------------------------------------------------- blend
 
+// A row after the other of one image, `packs` places in each; threads of a block share an image. 32 bits are enough.
+struct Grid {
+  unsigned rows, packs, blocks;  // blocks of an image
+
+  Grid(int64_t rows, int64_t packs)
+      : rows(static_cast<unsigned>(rows)),
+        packs(static_cast<unsigned>(packs)),
+        blocks(static_cast<unsigned>(ceil_div(rows * packs, kThreads))) {
+    STD_TORCH_CHECK(rows * packs < INT32_MAX, "images have too many pixels");
+  }
+};
+
+struct Spot {
+  unsigned b, y, pack;
+
+  __device__ explicit Spot(const Grid& grid) {
+    b = blockIdx.x / grid.blocks;
+    const unsigned n = (blockIdx.x - b * grid.blocks) * kThreads + threadIdx.x;
+    y = n / grid.packs;
+    pack = n - y * grid.packs;
+  }
+};
+
+// The cell that pixel `at` of an axis belongs to, cell_of() in 32 bits, and those of the pixels after it, of which none
+// costs a division.
+struct Cell {
+  unsigned cells, pixels, cell, rest;
+
+  __device__ Cell(unsigned at, unsigned cells, unsigned pixels) : cells(cells), pixels(pixels), cell(at), rest(0) {
+    if (cells == pixels) return;
+    cell = at * cells / pixels;
+    rest = at * cells - cell * pixels;
+  }
+  __device__ void next() {
+    rest += cells;
+    if (rest >= pixels) {  // cells are at most as many as pixels
+      rest -= pixels;
+      ++cell;
+    }
+  }
+};
+
+void check_cells(int64_t cells, int64_t pixels) {
+  STD_TORCH_CHECK(cells == pixels || cells * pixels < int64_t(1) << 32, "mask and image have too many pixels");
+}
+
 // One thread per kCount values of a row. mask [B, h, w] is read at the cells of the values.
-template <int kCount, typename T, typename M>
-__global__ void __launch_bounds__(kThreads) blend_kernel(Frame frame, Rows<const T> image, Rows<const T> reference,
-                                                         Rows<const M> mask, int64_t h, int64_t w, Rows<T> out) {
+template <int kCount, Given kGiven, typename T, typename M>
+__global__ void __launch_bounds__(kThreads)
+    blend_kernel(Grid grid, Frame frame, Rows<const T> image, Rows<const T> reference, bool turned, Rows<const M> mask,
+                 unsigned h, unsigned w, Rows<T> out) {
   using A = acc_t<T>;
-  const int64_t packs = frame.length / kCount;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (thread >= frame.B * frame.H * packs) return;
-  const int64_t row = thread / packs, i = (thread - row * packs) * kCount, b = row / frame.H, y = row - b * frame.H;
-  const M* cells = mask.at(b, 0, cell_of(y, h, frame.H));
-  const bool same = w == frame.length;  // then value i lies under mask value i
+  const Spot spot(grid);
+  if (spot.y >= grid.rows) return;
+  const unsigned i = spot.pack * kCount, repeat = static_cast<unsigned>(frame.repeat);
+  const M* cells = mask.at(spot.b, 0, Cell(spot.y, h, grid.rows).cell);
   A keep[kCount];
+  if (w == frame.length) {  // value i lies under mask value i
 #pragma unroll
-  for (int j = 0; j < kCount; ++j)
-    keep[j] = static_cast<A>(cells[same ? i + j : cell_of((i + j) / frame.repeat, w, frame.W())]);
-  blend_values(frame.planes, place_of(image, b, y, i), place_of(reference, b, y, i), place_of(out, b, y, i), keep);
+    for (int j = 0; j < kCount; ++j) keep[j] = static_cast<A>(cells[i + j]);
+  } else {
+    const unsigned pixel = repeat == 1 ? i : i / repeat;
+    unsigned channel = i - pixel * repeat;
+    Cell cell(pixel, w, static_cast<unsigned>(frame.length) / repeat);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      keep[j] = static_cast<A>(cells[cell.cell]);
+      if (++channel < repeat) continue;
+      channel = 0;
+      cell.next();
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) keep[j] = turned ? 1 - keep[j] : keep[j];
+  blend_values<kCount, kGiven, true, true>(static_cast<int>(frame.planes),
+                                           Place<const T>{image.at(spot.b, 0, spot.y) + i, image.plane},
+                                           Place<const T>{reference.at(spot.b, 0, spot.y) + i, reference.plane},
+                                           Place<T>{out.at(spot.b, 0, spot.y) + i, out.plane}, keep);
+}
+
+// The pixels of an image [B, H, W] with their channels `plane` apart, whichever way they lie.
+template <typename T>
+__device__ Place<T> pixel_of(const Rows<T>& rows, const Frame& frame, const Spot& spot, unsigned x) {
+  return {rows.at(spot.b, 0, spot.y) + x * frame.repeat, frame.repeat > 1 ? 1 : rows.plane};
 }
 
 // grad_mask [B, H, W] of a mask of image size, one thread per kCount pixels.
-template <int kCount, typename T, typename M>
-__global__ void __launch_bounds__(kThreads)
-    slopes_kernel(Frame frame, Rows<const T> grad, Rows<const T> image, Rows<const T> reference, M* grad_mask) {
-  const int64_t packs = frame.W() / kCount;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (thread >= frame.B * frame.H * packs) return;
-  const int64_t row = thread / packs, x = (thread - row * packs) * kCount, b = row / frame.H, y = row - b * frame.H;
+template <int kCount, Given kGiven, typename T, typename M>
+__global__ void __launch_bounds__(kThreads) slopes_kernel(Grid grid, Frame frame, Rows<const T> grad,
+                                                          Rows<const T> image, Rows<const T> reference, M* grad_mask) {
+  const Spot spot(grid);
+  if (spot.y >= grid.rows) return;
+  const unsigned x = spot.pack * kCount;
   acc_t<T> slope[kCount];
-  slopes_of(frame.planes * frame.repeat, pixel_of(grad, frame, b, y, x), pixel_of(image, frame, b, y, x),
-            pixel_of(reference, frame, b, y, x), slope);
+  slopes_of<kCount, kGiven, true, true>(static_cast<int>(frame.planes * frame.repeat), pixel_of(grad, frame, spot, x),
+                                        pixel_of(image, frame, spot, x), pixel_of(reference, frame, spot, x), slope);
+  M* const out = grad_mask + (int64_t(spot.b) * grid.rows + spot.y) * (grid.packs * kCount) + x;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) grad_mask[row * frame.W() + x + j] = static_cast<M>(slope[j]);
+  for (int j = 0; j < kCount; ++j) out[j] = static_cast<M>(slope[j]);
 }
 
 // ---------------------------------------------------------------- tiles
@@ -200,6 +321,8 @@ Axis axis_of(int64_t cells, int64_t pixels, double sigma) {
   return {cells, pixels, static_cast<int>(tap_count<A>(sigma, cells)), sigma, gaussian_reach<A>(sigma)};
 }
 
+constexpr int kStrips = 4;  // of 32 columns, the most that a tile has
+
 // How images are cut into tiles, and what a tile keeps in shared memory.
 struct Tiling {
   Axis y, x;
@@ -209,7 +332,7 @@ struct Tiling {
   int64_t bytes;         // of shared memory
 
   Tiling(const Axis& y, const Axis& x, int64_t value_bytes, int64_t most_bytes) : y(y), x(x) {
-    constexpr int64_t kRows = 32, kColumns = 128, kStep = 16;  // columns in steps of the largest pack and its double
+    constexpr int64_t kRows = 32, kColumns = 32 * kStrips, kStep = 16;  // columns in steps of whole packs
     rows = static_cast<int>(y.pixels < kRows ? y.pixels : kRows);
     columns = static_cast<int>(ceil_div(ceil_div(x.pixels, ceil_div(x.pixels, kColumns)), kStep) * kStep);
     measure(value_bytes);
@@ -237,6 +360,20 @@ struct Tiling {
     const int64_t values = static_cast<int64_t>(y.taps) * rows + static_cast<int64_t>(x.taps) * columns +
                            static_cast<int64_t>(cells_y) * (columns + 1) + static_cast<int64_t>(rows) * columns;
     bytes = values * value_bytes + (rows + columns) * static_cast<int64_t>(sizeof(int));
+  }
+};
+
+// The columns of a tile for the lanes of a warp: every 32nd each. Rows go round the warps.
+struct Lanes {
+  int warp, lane, columns;
+
+  __device__ explicit Lanes(int columns) : warp(threadIdx.x / 32), lane(threadIdx.x % 32), columns(columns) {}
+  // Calls `f(strip, column)`.
+  template <typename F>
+  __device__ void for_each(const F& f) const {
+#pragma unroll
+    for (int strip = 0; strip < kStrips; ++strip)
+      if (lane + 32 * strip < columns) f(strip, lane + 32 * strip);
   }
 };
 
@@ -298,21 +435,27 @@ struct Tile {
     weigh(tiling);
     __syncthreads();
     // 2. The mask rows that the tile needs, widened to its columns.
-    for (int i = threadIdx.x; i < cells_y * columns; i += kThreads) {
-      const int row = i / columns, column = i - row * columns;
-      const M* values = mask.at(b, 0, u + row) + j + first_x[column];
-      A sum = 0;
-      for (int k = 0; k < tiling.x.taps; ++k) sum += static_cast<A>(values[k]) * weight_x[k * width + column];
-      cells[row * pitch + column] = sum;
+    const Lanes lanes(columns);
+    for (int row = lanes.warp; row < cells_y; row += kWarps) {
+      const M* values = mask.at(b, 0, u + row) + j;
+      lanes.for_each([&](int, int column) {
+        const M* value = values + first_x[column];
+        const A* weight = weight_x + column;
+        A sum = 0;
+        for (int k = 0; k < tiling.x.taps; ++k, weight += width) sum += static_cast<A>(value[k]) * *weight;
+        cells[row * pitch + column] = sum;
+      });
     }
     __syncthreads();
-    // 3. The rows of the tile.
-    for (int i = threadIdx.x; i < rows * columns; i += kThreads) {
-      const int row = i / columns, column = i - row * columns;
-      const A* values = cells + first_y[row] * pitch + column;
-      A sum = 0;
-      for (int k = 0; k < tiling.y.taps; ++k) sum += values[k * pitch] * weight_y[k * height + row];
-      pixels[row * width + column] = sum;
+    // 3. The rows of the tile: one weight serves all columns.
+    for (int row = lanes.warp; row < rows; row += kWarps) {
+      const A* values = cells + first_y[row] * pitch + lanes.lane;
+      A sums[kStrips] = {};
+      for (int k = 0; k < tiling.y.taps; ++k, values += pitch) {
+        const A weight = weight_y[k * height + row];
+        lanes.for_each([&](int strip, int) { sums[strip] += values[32 * strip] * weight; });
+      }
+      lanes.for_each([&](int strip, int column) { pixels[row * width + column] = sums[strip]; });
     }
     __syncthreads();
   }
@@ -338,9 +481,9 @@ struct Corner {
       : plane(rows.plane), row(rows.row) {
     if (rows) data = rows.at(tile.b, 0, tile.y + windows.y(tile.b)) + (tile.x + windows.x(tile.b)) * repeat;
   }
-  __device__ Place<T> at(int y, int i) const { return {data ? data + y * row + i : nullptr, plane}; }
-  // Whether the corner, and with it every row, begins on a pack.
-  __device__ bool on_packs() const { return reinterpret_cast<uintptr_t>(data) % (kPackOf<T> * sizeof(T)) == 0; }
+  __device__ Place<T> at(int y, int i) const { return {data + y * row + i, plane}; }
+  // Whether the corner, and with it every row of every plane, begins on a pack.
+  __device__ bool on_packs() const { return begins_on_packs(Rows<T>{data, 0, plane, row}); }
 };
 
 // ---------------------------------------------------------------- upsample_mask
@@ -350,105 +493,145 @@ __global__ void __launch_bounds__(kThreads) upsample_kernel(Tiling tiling, Rows<
   Tile<acc_t<T>> tile(tiling);
   tile.evaluate(tiling, mask);
   T* corner = out + (tile.b * tiling.y.pixels + tile.y) * tiling.x.pixels + tile.x;
-  for (int i = threadIdx.x; i < tile.rows * tile.columns; i += kThreads) {
-    const int row = i / tile.columns, column = i - row * tile.columns;
-    corner[row * tiling.x.pixels + column] = static_cast<T>(tile.pixels[row * tile.width + column]);
-  }
+  const Lanes lanes(tile.columns);
+  for (int row = lanes.warp; row < tile.rows; row += kWarps)
+    lanes.for_each([&](int, int column) {
+      corner[row * tiling.x.pixels + column] = static_cast<T>(tile.pixels[row * tile.width + column]);
+    });
 }
 
 // ---------------------------------------------------------------- jitter_mask
 
-// Blends the tile, kCount values per thread and step.
-template <int kCount, typename T, typename A>
-__device__ void blend_tile(const Tile<A>& tile, int64_t planes, int repeat, const Corner<const T>& image,
+// Blends the tile, kCount values per thread and step. `turned`: the image is kept where the mask is low.
+template <int kCount, Given kGiven, bool kWideIn, bool kWideOut, typename T, typename A>
+__device__ void blend_tile(const Tile<A>& tile, const Frame& frame, bool turned, const Corner<const T>& image,
                            const Corner<const T>& reference, const Corner<T>& out) {
-  const int packs = tile.columns * repeat / kCount;
-  for (int n = threadIdx.x; n < tile.rows * packs; n += kThreads) {
-    const int row = n / packs, i = (n - row * packs) * kCount;
+  const int repeat = static_cast<int>(frame.repeat), planes = static_cast<int>(frame.planes);
+  for_each_place(tile.rows, tile.columns * repeat / kCount, [&](int row, int pack) {
+    const int i = pack * kCount, pixel = repeat == 1 ? i : i / repeat;
+    const A* kept = tile.pixels + row * tile.width + pixel;
+    int channel = i - pixel * repeat;
     A keep[kCount];
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) keep[k] = tile.pixels[row * tile.width + (repeat == 1 ? i + k : (i + k) / repeat)];
-    blend_values(planes, image.at(row, i), reference.at(row, i), out.at(row, i), keep);
-  }
+    for (int j = 0; j < kCount; ++j) {
+      keep[j] = turned ? 1 - *kept : *kept;
+      if (++channel < repeat) continue;
+      channel = 0;
+      ++kept;
+    }
+    blend_values<kCount, kGiven, kWideIn, kWideOut>(planes, image.at(row, i), reference.at(row, i), out.at(row, i),
+                                                    keep);
+  });
 }
 
 // Images and out are seen through their windows: the forward pass shifts the images, their gradient shifts the result.
-// `on_packs`: rows, planes and images are a whole number of packs apart, and so are the ends of a row.
-template <typename T, typename M>
+// Three shifts of four move one side off the packs: that side goes value by value, the other does not. `in_packs`: rows
+// are whole packs long.
+template <Given kGiven, typename T, typename M>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    jitter_kernel(Tiling tiling, Frame frame, Rows<const T> image, Rows<const T> reference, Rows<const M> mask,
-                  Rows<T> out, Windows in_windows, Windows out_windows, bool on_packs) {
+    jitter_kernel(Tiling tiling, Frame frame, Rows<const T> image, Rows<const T> reference, bool turned,
+                  Rows<const M> mask, Rows<T> out, Windows in_windows, Windows out_windows, bool in_packs) {
   Tile<acc_t<T>> tile(tiling);
   tile.evaluate(tiling, mask);
   const Corner<const T> top(image, tile, in_windows, frame.repeat), below(reference, tile, in_windows, frame.repeat);
   const Corner<T> result(out, tile, out_windows, frame.repeat);
-  const int repeat = static_cast<int>(frame.repeat);
-  if (on_packs && top.on_packs() && below.on_packs() && result.on_packs())
-    blend_tile<kPackOf<T>>(tile, frame.planes, repeat, top, below, result);
+  const bool wide_in = top.on_packs() && below.on_packs(), wide_out = result.on_packs();
+  constexpr int kPack = kPackOf<T>;
+  if (in_packs && wide_in && wide_out)
+    blend_tile<kPack, kGiven, true, true>(tile, frame, turned, top, below, result);
+  else if (in_packs && wide_out)
+    blend_tile<kPack, kGiven, false, true>(tile, frame, turned, top, below, result);
+  else if (in_packs && wide_in)
+    blend_tile<kPack, kGiven, true, false>(tile, frame, turned, top, below, result);
   else
-    blend_tile<1>(tile, frame.planes, repeat, top, below, result);
+    blend_tile<1, kGiven, true, true>(tile, frame, turned, top, below, result);
 }
 
 // ---------------------------------------------------------------- the gradient of a small mask
 
 // The slopes of the tile, kCount pixels per thread and step, into tile.pixels. The channels of a pixel are `plane`
 // apart in each corner.
-template <int kCount, typename T, typename A>
-__device__ void slope_tile(const Tile<A>& tile, int64_t channels, int repeat, const Corner<const T>& grad,
+template <int kCount, Given kGiven, bool kWide, typename T, typename A>
+__device__ void slope_tile(const Tile<A>& tile, const Frame& frame, const Corner<const T>& grad,
                            const Corner<const T>& image, const Corner<const T>& reference) {
-  const int packs = tile.columns / kCount;
-  for (int n = threadIdx.x; n < tile.rows * packs; n += kThreads) {
-    const int row = n / packs, x = (n - row * packs) * kCount;
+  const int repeat = static_cast<int>(frame.repeat), channels = static_cast<int>(frame.planes) * repeat;
+  for_each_place(tile.rows, tile.columns / kCount, [&](int row, int pack) {
+    const int x = pack * kCount, i = x * repeat;
     A slope[kCount];
-    slopes_of(channels, grad.at(row, x * repeat), image.at(row, x * repeat), reference.at(row, x * repeat), slope);
+    slopes_of<kCount, kGiven, true, kWide>(channels, grad.at(row, i), image.at(row, i), reference.at(row, i), slope);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) tile.pixels[row * tile.width + x + k] = slope[k];
+    for (int j = 0; j < kCount; ++j) tile.pixels[row * tile.width + x + j] = slope[j];
+  });
+}
+
+// The first of `count` rising numbers that is at least `least`.
+__device__ inline int first_at_least(const int* rising, int count, int least) {
+  int low = 0;
+  for (int high = count; low < high;) {
+    const int middle = (low + high) / 2;
+    rising[middle] < least ? low = middle + 1 : high = middle;
   }
+  return low;
 }
 
 // partial [tiles, cells_y, cells_x] = A_y^T slopes A_x over the pixels of each tile.
-template <typename T>
+template <Given kGiven, typename T>
 __global__ void __launch_bounds__(kThreads, kFoldBlocks<T>)
     fold_kernel(Tiling tiling, Frame frame, Rows<const T> grad, Rows<const T> image, Rows<const T> reference,
-                Windows windows, bool on_packs, acc_t<T>* partial) {
+                Windows windows, bool in_packs, acc_t<T>* partial) {
   using A = acc_t<T>;
   Tile<A> tile(tiling);
   // 1. Weights and slopes.
   tile.weigh(tiling);
   Corner<const T> flow(grad, tile, Windows{}, frame.repeat), top(image, tile, windows, frame.repeat);
   Corner<const T> below(reference, tile, windows, frame.repeat);
-  const int repeat = static_cast<int>(frame.repeat);
-  if (repeat > 1) flow.plane = top.plane = below.plane = 1;
-  if (on_packs && flow.on_packs() && top.on_packs() && below.on_packs())
-    slope_tile<kPackOf<T>>(tile, frame.planes, repeat, flow, top, below);
+  if (frame.repeat > 1) flow.plane = top.plane = below.plane = 1;
+  const bool wide = top.on_packs() && below.on_packs();
+  if (in_packs && wide && flow.on_packs())
+    slope_tile<kPackOf<T>, kGiven, true>(tile, frame, flow, top, below);
+  else if (in_packs && flow.on_packs())
+    slope_tile<kPackOf<T>, kGiven, false>(tile, frame, flow, top, below);
   else
-    slope_tile<1>(tile, frame.planes * repeat, repeat, flow, top, below);
+    slope_tile<1, kGiven, true>(tile, frame, flow, top, below);
   __syncthreads();
-  // 2. Rows into cells: neighbouring threads take neighbouring columns.
-  for (int i = threadIdx.x; i < tile.cells_y * tile.columns; i += kThreads) {
-    const int cell = i / tile.columns, column = i - cell * tile.columns;
-    A sum = 0;
-    for (int row = 0; row < tile.rows; ++row) {
+  // 2. Rows into cells: one weight serves all columns, and all lanes leave the same rows out.
+  const Lanes lanes(tile.columns);
+  for (int cell = lanes.warp; cell < tile.cells_y; cell += kWarps) {
+    const A* slopes = tile.pixels + lanes.lane;
+    A sums[kStrips] = {};
+    for (int row = 0; row < tile.rows; ++row, slopes += tile.width) {
       const int k = cell - tile.first_y[row];
-      if (k >= 0 && k < tiling.y.taps)
-        sum += tile.pixels[row * tile.width + column] * tile.weight_y[k * tile.height + row];
+      if (k < 0 || k >= tiling.y.taps) continue;
+      const A weight = tile.weight_y[k * tile.height + row];
+      lanes.for_each([&](int strip, int) { sums[strip] += slopes[32 * strip] * weight; });
     }
-    tile.cells[cell * tile.pitch + column] = sum;
+    lanes.for_each([&](int strip, int column) { tile.cells[cell * tile.pitch + column] = sums[strip]; });
   }
   __syncthreads();
   // 3. Columns into cells: neighbouring threads take neighbouring cells of one column, `pitch` apart.
   partial += blockIdx.x * tiling.cells();
-  for (int i = threadIdx.x; i < tile.cells_y * tile.cells_x; i += kThreads) {
-    const int cell_x = i / tile.cells_y, cell_y = i - cell_x * tile.cells_y;
+  for_each_place(tile.cells_x, tile.cells_y, [&](int cell_x, int cell_y) {
+    const int begin = first_at_least(tile.first_x, tile.columns, cell_x - tiling.x.taps + 1);
+    const int end = first_at_least(tile.first_x, tile.columns, cell_x + 1);
     A sum = 0;
-    for (int column = 0; column < tile.columns; ++column) {
-      const int k = cell_x - tile.first_x[column];
-      if (k >= 0 && k < tiling.x.taps)
-        sum += tile.cells[cell_y * tile.pitch + column] * tile.weight_x[k * tile.width + column];
-    }
+    for (int column = begin; column < end; ++column)
+      sum += tile.cells[cell_y * tile.pitch + column] *
+             tile.weight_x[(cell_x - tile.first_x[column]) * tile.width + column];
     partial[cell_y * tiling.cells_x + cell_x] = sum;
-  }
+  });
 }
+
+// The tiles of an axis that can touch a cell: [begin, end). place() is exact.
+struct Reach {
+  int begin, end;
+
+  __device__ Reach(const Axis& axis, int64_t cell, int tiles, int pixels) {
+    const double scale = double(axis.pixels) / double(axis.cells), span = (axis.taps + 1) * scale;
+    const double centre = (double(cell) + 0.5) * scale;
+    begin = max(0, static_cast<int>((centre - span) / pixels));
+    end = min(tiles, static_cast<int>((centre + span) / pixels) + 1);
+  }
+};
 
 // grad_mask [B, h, w]: a cell adds up what the tiles that touch it give, in order; one thread each.
 template <typename A, typename M>
@@ -462,11 +645,12 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(Tiling tiling, int64_t
     const int64_t first = axis.first(t * pixels), last = min((t + 1) * pixels, axis.pixels) - 1;
     return cell < first || cell >= axis.first(last) + axis.taps ? int64_t(-1) : cell - first;
   };
+  const Reach over_y(tiling.y, u, tiling.tiles_y, tiling.rows), over_x(tiling.x, j, tiling.tiles_x, tiling.columns);
   A sum = 0;
-  for (int64_t ty = 0; ty < tiling.tiles_y; ++ty) {
+  for (int ty = over_y.begin; ty < over_y.end; ++ty) {
     const int64_t cell_y = place(tiling.y, ty, tiling.rows, u);
     if (cell_y < 0) continue;
-    for (int64_t tx = 0; tx < tiling.tiles_x; ++tx) {
+    for (int tx = over_x.begin; tx < over_x.end; ++tx) {
       const int64_t cell_x = place(tiling.x, tx, tiling.columns, j);
       if (cell_x < 0) continue;
       const int64_t tile = (b * tiling.tiles_y + ty) * tiling.tiles_x + tx;
@@ -485,16 +669,16 @@ Tiling tiling_of(int64_t h, int64_t w, int64_t H, int64_t W, double sigma, const
 }
 
 // The gradient of a mask smaller than the image (or of any mask that is upsampled): two launches.
-template <typename T, typename M>
+template <Given kGiven, typename T, typename M>
 void gather_slopes(const Tiling& tiling, const Frame& frame, Rows<const T> grad, Rows<const T> image,
                    Rows<const T> reference, Windows windows, Tensor& grad_mask, const Device& device) {
   using A = acc_t<T>;
-  const bool on_packs = frame.repeat == 1 && frame.length % kPackOf<T> == 0 && steps_by_packs(grad) &&
-                        steps_by_packs(image) && steps_by_packs(reference);
+  const bool in_packs = frame.repeat == 1 && frame.length % kPackOf<T> == 0;
   const ScalarType sums = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
   Tensor partial = empty_tensor(grad_mask, {frame.B * tiling.tiles(), tiling.cells()}, sums);
-  launch(fold_kernel<T>, blocks_for(frame.B * tiling.tiles()), dim3(kThreads), tiling.bytes, device, tiling, frame,
-         grad, image, reference, windows, on_packs, partial.mutable_data_ptr<A>());
+  launch(fold_kernel<kGiven, T>, blocks_for(frame.B * tiling.tiles()), dim3(kThreads), tiling.bytes, device, tiling,
+         frame, grad, or_else(image, grad), or_else(reference, or_else(image, grad)), windows, in_packs,
+         partial.mutable_data_ptr<A>());
   launch(gather_kernel<A, M>, blocks_for(ceil_div(grad_mask.numel(), kThreads)), dim3(kThreads), 0, device, tiling,
          frame.B, partial.const_data_ptr<A>(), grad_mask.mutable_data_ptr<M>());
 }
@@ -502,13 +686,18 @@ void gather_slopes(const Tiling& tiling, const Frame& frame, Rows<const T> grad,
 template <typename T, typename M>
 void blend_images(const Frame& frame, Rows<const T> image, Rows<const T> reference, Rows<const M> mask, int64_t h,
                   int64_t w, Rows<T> out, const Device& device) {
-  const bool on_packs =
+  check_cells(h, frame.H);
+  check_cells(w, frame.W());
+  const bool wide =
       frame.length % kPackOf<T> == 0 && begins_on_packs(image) && begins_on_packs(reference) && begins_on_packs(out);
-  const auto start = [&]<int kCount>() {
-    launch(blend_kernel<kCount, T, M>, blocks_for(ceil_div(frame.B * frame.H * (frame.length / kCount), kThreads)),
-           dim3(kThreads), 0, device, frame, image, reference, mask, h, w, out);
-  };
-  on_packs ? start.template operator()<kPackOf<T>>() : start.template operator()<1>();
+  for_both_or_one(image && reference, [&]<Given kGiven>() {
+    const auto start = [&]<int kCount>() {
+      const Grid grid(frame.H, frame.length / kCount);
+      launch(blend_kernel<kCount, kGiven, T, M>, blocks_for(frame.B * grid.blocks), dim3(kThreads), 0, device, grid,
+             frame, or_else(image, reference), or_else(reference, image), !image, mask, unsigned(h), unsigned(w), out);
+    };
+    wide ? start.template operator()<kPackOf<T>>() : start.template operator()<1>();
+  });
 }
 
 Tensor blend(const Tensor& image_in, const OptionalTensor& reference_in, const Tensor& mask_in) {
@@ -556,16 +745,19 @@ Tensor blend_backward_mask(const Tensor& grad_in, const Tensor& image_in, const 
   for_dtypes(image, mask, [&]<typename T, typename M>() {
     const Rows<const T> grads = rows_of<T>(grad, interleaved), images = rows_of<T>(image, interleaved);
     const Rows<const T> references = rows_of<T>(reference, interleaved);
-    if (h < frame.H || w < frame.W())
-      return gather_slopes<T, M>(tiling_of<T>(h, w, frame.H, frame.W(), 0, device), frame, grads, images, references,
-                                 Windows{}, grad_mask, device);
-    const bool on_packs = !interleaved && w % kPackOf<T> == 0 && begins_on_packs(grads) && begins_on_packs(images) &&
-                          begins_on_packs(references);
-    const auto start = [&]<int kCount>() {
-      launch(slopes_kernel<kCount, T, M>, blocks_for(ceil_div(grad_mask.numel() / kCount, kThreads)), dim3(kThreads), 0,
-             device, frame, grads, images, references, grad_mask.mutable_data_ptr<M>());
-    };
-    on_packs ? start.template operator()<kPackOf<T>>() : start.template operator()<1>();
+    const bool wide = !interleaved && w % kPackOf<T> == 0 && begins_on_packs(grads) && begins_on_packs(images) &&
+                      begins_on_packs(references);
+    for_both_or_one(bool(references), [&]<Given kGiven>() {
+      if (h < frame.H || w < frame.W())
+        return gather_slopes<kGiven, T, M>(tiling_of<T>(h, w, frame.H, frame.W(), 0, device), frame, grads, images,
+                                           references, Windows{}, grad_mask, device);
+      const auto start = [&]<int kCount>() {
+        const Grid grid(h, w / kCount);
+        launch(slopes_kernel<kCount, kGiven, T, M>, blocks_for(frame.B * grid.blocks), dim3(kThreads), 0, device, grid,
+               frame, grads, images, references, grad_mask.mutable_data_ptr<M>());
+      };
+      wide ? start.template operator()<kPackOf<T>>() : start.template operator()<1>();
+    });
   });
   return grad_mask;
 }
@@ -595,8 +787,8 @@ Tensor upsample_mask_backward(const Tensor& grad_in, int64_t h, int64_t w, doubl
   Tensor grad_mask = empty_tensor(grad, {frame.B, 1, h, w});
   for_cuda_dtype(grad, [&]<typename T>() {
     const Rows<const T> none{};
-    gather_slopes<T, T>(tiling_of<T>(h, w, frame.H, frame.W(), sigma, device), frame, rows_of<T>(grad, false), none,
-                        none, Windows{}, grad_mask, device);
+    gather_slopes<Given::none, T, T>(tiling_of<T>(h, w, frame.H, frame.W(), sigma, device), frame,
+                                     rows_of<T>(grad, false), none, none, Windows{}, grad_mask, device);
   });
   return grad_mask;
 }
@@ -605,10 +797,11 @@ Tensor upsample_mask_backward(const Tensor& grad_in, int64_t h, int64_t w, doubl
 template <typename T, typename M>
 void jitter_images(const Tiling& tiling, const Frame& frame, Rows<const T> image, Rows<const T> reference,
                    Rows<const M> mask, Rows<T> out, Windows in_windows, Windows out_windows, const Device& device) {
-  const bool on_packs =
-      frame.length % kPackOf<T> == 0 && begins_on_packs(image) && begins_on_packs(reference) && begins_on_packs(out);
-  launch(jitter_kernel<T, M>, blocks_for(frame.B * tiling.tiles()), dim3(kThreads), tiling.bytes, device, tiling, frame,
-         image, reference, mask, out, in_windows, out_windows, on_packs);
+  for_both_or_one(image && reference, [&]<Given kGiven>() {
+    launch(jitter_kernel<kGiven, T, M>, blocks_for(frame.B * tiling.tiles()), dim3(kThreads), tiling.bytes, device,
+           tiling, frame, or_else(image, reference), or_else(reference, image), !image, mask, out, in_windows,
+           out_windows, frame.length % kPackOf<T> == 0);
+  });
 }
 
 Windows windows_of(const Tensor& offset, int64_t Hi, int64_t Wi, int64_t H, int64_t W) {
@@ -645,9 +838,11 @@ Tensor jitter_mask_backward_mask(const Tensor& grad_in, const Tensor& image_in, 
   const Frame frame = frame_of(image, H, W, interleaved);
   Tensor grad_mask = empty_tensor(mask, {frame.B, 1, h, w});
   for_dtypes(image, mask, [&]<typename T, typename M>() {
-    gather_slopes<T, M>(tiling_of<T>(h, w, H, W, sigma, device), frame, rows_of<T>(grad, interleaved),
-                        rows_of<T>(image, interleaved), rows_of<T>(reference, interleaved),
-                        windows_of(offset, image.size(2), image.size(3), H, W), grad_mask, device);
+    for_both_or_one(reference.has_value(), [&]<Given kGiven>() {
+      gather_slopes<kGiven, T, M>(tiling_of<T>(h, w, H, W, sigma, device), frame, rows_of<T>(grad, interleaved),
+                                  rows_of<T>(image, interleaved), rows_of<T>(reference, interleaved),
+                                  windows_of(offset, image.size(2), image.size(3), H, W), grad_mask, device);
+    });
   });
   return grad_mask;
 }
