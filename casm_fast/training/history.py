@@ -10,6 +10,9 @@ Snapshots are copies of all parameters and buffers. They judge in evaluation mod
 running statistics, through `torch.func.functional_call` on a skeleton without storage, so that the
 live classifier is never touched and no weights are loaded in the loop. The draws come from a
 private generator on the host: no device synchronisation, and the same draws on every device.
+
+On a GPU copies to and from pinned host memory are ordered with the steps, and nothing waits: who
+reads a snapshot on the host waits for the device first, as `casm_fast.training.state` does.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ class History:
             return
         slot = int(torch.randint(self.size, (), generator=self.generator))
         for name, tensor in live.items():
-            self.snapshots[slot][name].copy_(tensor)
+            self.snapshots[slot][name].copy_(tensor, non_blocking=True)
         self.steps[slot] = step
 
     def draw(self) -> Snapshot | None:
@@ -125,7 +128,7 @@ class History:
         copied = torch.empty_like(
             tensor, device=self.storage, pin_memory=pinned, requires_grad=False
         )
-        return copied.copy_(tensor.detach())
+        return copied.copy_(tensor.detach(), non_blocking=True)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
