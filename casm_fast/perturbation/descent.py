@@ -14,7 +14,8 @@ captured in a CUDA graph. The only synchronisation is that of early stopping, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,9 +32,6 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 LOOK_EVERY = 10
 """Steps between two looks at which images are finished, with early stopping."""
-
-WARM_UP = 2
-"""Steps on copies before a capture, in which libraries set themselves up."""
 
 TERMS = ("objective", "score", "complement", "l1", "tv")
 """The rows of the history; complement is score(1 - m), of the game "both"."""
@@ -117,21 +115,30 @@ def descend(
     made = _State.of(masks, steps)  # of all images, each as it left
     taken = torch.full((len(masks),), steps, dtype=torch.int64, device=masks.device)
     places = torch.arange(len(masks), device=masks.device)  # of the images still in the batch
+    over = torch.zeros_like(places, dtype=torch.bool)  # which of these are finished
     batch = Step(judge, pictures, targets, shifts, _State.of(masks, steps))
-    step = batch.ready()
+    aside = torch.cuda.Stream(masks.device) if judge.config.cuda_graph else None  # type: ignore[no-untyped-call]
+    step = batch.ready(aside)
     for number in range(1, steps + 1):
         step()
         if patience > 0 and number % LOOK_EVERY == 0 and number < steps:
-            done = (batch.state.stale >= patience) | batch.state.broken
+            done = ((batch.state.stale >= patience) | batch.state.broken) & ~over
             if not bool(done.any()):  # waits for the device
                 continue
             made.put(places[done], batch.state.select(done))
             taken[places[done]] = number
-            places, batch = places[~done], batch.select(~done)
+            over |= done
+            # A capture costs more than steps in vain: the finished stay until they are a half.
+            if aside is not None and 2 * int(over.sum()) < len(over):
+                continue
+            places, batch, over = places[~over], batch.select(~over), over[~over]
             if len(places) == 0:
                 break
-            step = batch.ready()
-    made.put(places, batch.state)
+            step = batch.ready(aside)
+    state = batch.state
+    if patience > 0:
+        places, state = places[~over], state.select(~over)
+    made.put(places, state)
     history = made.history.permute(0, 2, 1).contiguous()
     return Descent(made.masks, made.best, history, taken, made.broken)
 
@@ -172,27 +179,35 @@ class Step:
             self.state.select(places),
         )
 
-    def ready(self) -> Callable[[], None]:
+    def ready(self, aside: torch.cuda.Stream | None) -> Callable[[], None]:
         """The step as it will be taken: itself, or the replay of its CUDA graph.
+
+        Args:
+            aside: The stream that captures; None: there is no graph.
 
         Raises:
             ValueError: It cannot be captured.
         """
-        if not self.judge.config.cuda_graph:
+        if aside is None:
             return self
-        device = self.shifts.device
-        here = torch.cuda.current_stream(device)
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        here = torch.cuda.current_stream(aside.device)
         try:
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 rehearsal = replace(self, state=self.state.copy())
-                for _ in range(WARM_UP):
-                    rehearsal.state.place.zero_()
+                rehearsal.state.place.zero_()
+                rehearsal()  # libraries set themselves up
+                rehearsal.state.place.zero_()
+                with _waiting_refused():
                     rehearsal()
             here.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(graph):
+            # A refused capture leaves its stream in place, which the outer context puts right. What
+            # other threads do meanwhile is no reason to refuse one.
+            with (
+                torch.cuda.stream(here),
+                torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+            ):
                 self()
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -202,6 +217,20 @@ class Step:
                 f"the device, got {str(error).splitlines()[0]}; leave cuda_graph off"
             ) from error
         return graph.replay
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """What would wait for the device raises an error, in all threads.
+
+    A capture would refuse it as well, but can leave torch's allocator unusable then.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)
