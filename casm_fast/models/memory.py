@@ -30,7 +30,9 @@ def budget(device: torch.device, gibibytes: float | None = None) -> float:
     if gibibytes is not None:
         return gibibytes * 2**30
     if device.type == "cuda":
-        return FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+        # What torch has freed but not returned is free to torch alone.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return min(FREE_SHARE * os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE"), HOST_MOST)
 
@@ -93,11 +95,20 @@ def in_parts(
         start += size
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's allocator on the CPU
+    "out of memory",  # CUDA, where it is asked for memory beside torch's allocator
+    "ALLOC_FAILED",  # cuBLAS
+    "ALLOCATION_FAILED",  # cuDNN
+)
+"""Of RuntimeErrors that have no class of their own."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return "can't allocate memory" in str(error)  # torch's CPU allocator has no class of its own
+    return any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD: blocks of up to a gibibyte are cut from the
