@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import casm_fast
 from casm_fast.models.targets import Targets
-from casm_fast.perturbation import Extremal, ExtremalConfig, extremal
+from casm_fast.perturbation import Extremal, ExtremalConfig, extremal, ranking
 from casm_fast.perturbation.extremes import _rewarded, _Veil
 from casm_fast.perturbation.judging import judging
 from casm_fast.perturbation.ranking import ranked_area
@@ -144,6 +144,27 @@ def test_the_ranked_area_is_the_sorted_difference() -> None:
             step = np.arange(35) >= math.floor(35 * (1 - area))
             assert loss[b, a].item() == pytest.approx(((values - step) ** 2).mean(), abs=1e-14)
     assert torch.autograd.gradcheck(Ranked.apply, (masks, areas))
+
+
+def test_the_numbers_of_ones_are_brought_to_the_device_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each copy to a GPU would wait for it, and each step asks for the same."""
+    made: list[object] = []
+    original = torch.tensor
+
+    def counted(*args: object, **options: object) -> torch.Tensor:
+        made.append(args)
+        return original(*args, **options)
+
+    masks = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    ranking._column.cache_clear()
+    monkeypatch.setattr(torch, "tensor", counted)
+    first, again = ranked_area(masks, (0.1, 0.3, 0.7)), ranked_area(masks, [0.1, 0.3, 0.7])
+    assert len(made) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    ranked_area(masks, (0.1, 0.3, 0.8))
+    assert len(made) == 2
 
 
 def test_tied_pixels_share_their_places() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ def ranked_area(masks: Tensor, areas: Sequence[float]) -> tuple[Tensor, Tensor]:
         [values[:, n].kthvalue(zero + 1, dim=1).values for n, zero in enumerate(zeros)], dim=1
     )[:, :, None]
     above, level = values > border + TIED, values >= border - TIED
-    ones = torch.tensor([count - zero for zero in zeros], device=masks.device)[:, None]
+    ones = _column(tuple(count - zero for zero in zeros), masks.device)
     larger = above.sum(dim=2, keepdim=True)
     tied = level.sum(dim=2, keepdim=True) - larger
     share = (ones - larger).to(values) / tied
@@ -45,3 +46,10 @@ def ranked_area(masks: Tensor, areas: Sequence[float]) -> tuple[Tensor, Tensor]:
     spread = (pulled_to - pulled_to.square()).sum(dim=2)
     loss = (difference.square().sum(dim=2) + spread) / count
     return loss, (2 / count * difference).view_as(masks)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+def _column(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """``[A, 1]``; kept, because the copy to a GPU would wait for it at every step."""
+    return torch.tensor(values, device=device)[:, None]
