@@ -85,6 +85,20 @@ def test_normalize_is_bitwise_torchvisions(layout):
     torch.testing.assert_close(back * 255, pixels.float(), atol=1e-3, rtol=0)
 
 
+def test_every_byte_is_divided_as_by_torchvision():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    whole = normalize(pixels, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert torch.equal(whole, pixels.float().div(255))
+    exact = (torch.arange(256, dtype=torch.float64) / 255).float().view(1, 1, 16, 16)
+    assert torch.equal(whole, exact.expand(1, 3, 16, 16))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_gpu_normalizes_to_the_same_bits():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    assert torch.equal(normalize(pixels.cuda()).cpu(), normalize(pixels))
+
+
 def test_normalize_takes_an_empty_batch():
     assert normalize(torch.zeros(0, 8, 8, 3, dtype=torch.uint8)).shape == (0, 3, 8, 8)
 

@@ -132,7 +132,8 @@ def normalize(
         images = images.permute(0, 3, 1, 2)
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
     shift, scale = _channels(tuple(mean), images.device), _channels(tuple(std), images.device)
-    return pixels.div_(255).sub_(shift).div_(scale)
+    # A GPU multiplies by the reciprocal of a number, but divides by a tensor.
+    return pixels.div_(_channels((255.0,) * 3, images.device)).sub_(shift).div_(scale)
 
 
 @functools.lru_cache
