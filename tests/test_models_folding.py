@@ -79,6 +79,30 @@ def test_a_batch_norm_stays_where_others_read_its_convolution() -> None:
         assert (other is network) == bool(norms_left)
 
 
+def test_passes_are_compared_without_tf32() -> None:
+    """A GPU's default, whose rounding is as large as the tolerance."""
+    seen: list[str] = []
+
+    class Watching(Twice):
+        def forward(self, x: Tensor) -> Any:
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            if len(seen) == 4:
+                raise RuntimeError("no")
+            return super().forward(x)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        assert norms(folded(randomized(Watching("once")), images(8))) == 0
+        assert seen == ["ieee", "ieee"]
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        with pytest.raises(RuntimeError, match="no"):
+            folded(randomized(Watching("once")), images(8))
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def test_a_network_that_cannot_be_copied_is_returned_as_it_is() -> None:
     network = randomized(Twice("once"))
     network.lock = threading.Lock()  # type: ignore[assignment]

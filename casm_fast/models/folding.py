@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
     """
     if not any(map(_foldable, network.modules())):
         return network
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _whole_float32():
         expected, pairs = _pairs(network, images)
         if not pairs:
             return network
@@ -58,6 +60,18 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
         return network
     logger.debug("%d batch norms are folded into the convolutions before them", len(pairs))
     return other
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Convolutions on a GPU without TF32, whose rounding is as large as `TOLERANCE`."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def _pairs(network: nn.Module, images: Tensor) -> tuple[Any, list[tuple[str, str]]]:
