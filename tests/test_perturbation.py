@@ -25,6 +25,7 @@ from casm_fast.perturbation import LAYERS, PerturbConfig
 from casm_fast.perturbation.config import Layer
 from casm_fast.perturbation.descent import Descent, Step, _State, descend, evaluate
 from casm_fast.perturbation.judging import Judge, judging
+from casm_fast.perturbation.pipeline import _Solver
 from casm_fast.perturbation.showing import Pictures, pictures, shifts
 from casm_fast.perturbation.start import RADII, discs
 
@@ -793,6 +794,27 @@ def test_a_cuda_graph_gives_what_the_steps_give(patience: int) -> None:
     assert (error < 1e-4).float().mean() > 0.99
     assert error.max() < 2e-2
     assert torch.equal(eager.steps, replayed.steps)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cpu", {}, torch.channels_last),
+        ("cuda", {}, torch.preserve_format),
+        ("cuda", {"amp": "bf16"}, torch.channels_last),
+        ("cuda", {"amp": "bf16", "layout": "contiguous"}, torch.contiguous_format),
+    ],
+)
+def test_the_layout_chosen_on_a_device(
+    device: str, options: dict[str, str], expected: torch.memory_format
+) -> None:
+    """The choice alone, as no pass can be made on a GPU that is not there."""
+    solver = object.__new__(_Solver)
+    solver.config = PerturbConfig(**options)
+    solver.images = MagicMock(device=torch.device(device), dtype=torch.float32)
+    solver._trial = tried = MagicMock()
+    assert solver._layout() is expected
+    assert tried.called == (expected is torch.channels_last)
 
 
 class Viewing(nn.Module):
