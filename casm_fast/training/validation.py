@@ -48,7 +48,8 @@ def validate(engine: Engine, source: ImageSource) -> dict[str, float]:
 
 
 def _scores(engine: Engine, source: ImageSource) -> dict[str, float]:
-    recipe, world = engine.recipe, engine.world
+    recipe, world, device = engine.recipe, engine.world, engine.device
+    pinned = device.type == "cuda"  # what is copied is not waited for
     start, stop = world.part(len(source))
     # One column per image. Each process fills its own; the sum over the processes is the whole.
     table = torch.zeros(len(ROWS), len(source), dtype=torch.float64)
@@ -59,13 +60,15 @@ def _scores(engine: Engine, source: ImageSource) -> dict[str, float]:
         workers=engine.config.workers,
         start=start,
         stop=stop,
+        pin_memory=pinned,
     ):
         if not batch.indices:
             continue
         # The noise infill is one picture, whatever the batches are.
         torch.manual_seed(engine.config.seed)
-        images = normalize(batch.images.to(engine.device))
-        labels = torch.tensor([source.label(i) for i in batch.indices], device=engine.device)
+        images = normalize(batch.images.to(device, non_blocking=True))
+        labels = torch.tensor([source.label(i) for i in batch.indices], pin_memory=pinned)
+        labels = labels.to(device, non_blocking=True)
         saliency, logits = engine.outcome(images)
         masked_logits, _ = engine.outcome.classifier(engine.passes.masked_out(images, saliency))
         overlap = torch.full((len(labels),), torch.nan, dtype=torch.float64)
