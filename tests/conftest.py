@@ -24,6 +24,9 @@ hypothesis.settings.load_profile("chosen")
 # Parallel test processes share the cores; more threads than cores slow all of them several times.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
+# A GPU's convolutions take TF32 by default, which rounds coarser than most tolerances.
+torch.backends.cudnn.allow_tf32 = False
+
 
 @pytest.fixture(autouse=True)
 def own_log_level() -> Iterator[None]:

@@ -42,7 +42,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_maps_are_those_of_attribute(place: Path, tmp_path: Path) -> None:
     classifier = open_classifier(place / "model.safetensors")
     images = place / "tree" / "val"
-    made = attribute_set(classifier, f"folder:{images}", tmp_path, CHEAP, target=1, progress=False)
+    options: dict[str, Any] = {"target": 1, "progress": False, "device": "cpu"}
+    made = attribute_set(classifier, f"folder:{images}", tmp_path, CHEAP, **options)
     assert made.done == 5
     assert list(made.rows) == rows_of(tmp_path)
     assert str(made) == f"5 images, 5 of them now -> {tmp_path}"

@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(place: Path) -> Any:
     return extract(
         place / "model.safetensors", f"imagenet-val:{place / 'tree'}", place / "whole.parquet",
-        batch_size=8,
+        batch_size=8, device="cpu",
     )  # fmt: skip
 
 
@@ -288,10 +288,10 @@ def test_without_ray_there_is_one_sentence(place: Path) -> None:
 
 def test_processes_are_shards_of_one_run(place: Path, whole: Any, tmp_path: Path) -> None:
     source = f"imagenet-val:{place / 'tree'}"
-    made = extract(
-        place / "model.safetensors", source, tmp_path / "boxes.parquet", batch_size=1, processes=2
-    )
-    one = extract(place / "model.safetensors", source, batch_size=1)
+    model = place / "model.safetensors"
+    options: dict[str, Any] = {"batch_size": 1, "device": "cpu"}
+    made = extract(model, source, tmp_path / "boxes.parquet", processes=2, **options)
+    one = extract(model, source, **options)
     assert os.listdir(tmp_path) == ["boxes.parquet"]
     assert made.table.to_pylist() == one.table.to_pylist()
     assert (made.images, made.made, made.errors) == (IMAGES, IMAGES, 1)

@@ -41,7 +41,9 @@ QUICK = PerturbConfig(steps=2, initial="constant", mask_size=(8, 8))
 
 def test_a_folder_gets_rows_masks_and_figures(place: Path, tmp_path: Path) -> None:
     classifier = open_classifier(place / "model.safetensors")
-    made = perturb_set(classifier, place / "photos", tmp_path / "out", QUICK, progress=False)
+    made = perturb_set(
+        classifier, place / "photos", tmp_path / "out", QUICK, device="cpu", progress=False
+    )
     assert made.done == len(made.rows) == 5
     rows = {row["image_id"]: row for row in made.rows}
     assert rows.pop("broken.png")["error"]

@@ -145,5 +145,6 @@ def test_cuda_graphs_take_the_same_steps(update: Any, accumulate: int) -> None:
             engine.step(images, labels, index, 12, 0)
         engine.check_finite()
         found.append(engine.model.state_dict())
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     for name, tensor in found[1].items():
         torch.testing.assert_close(tensor, found[0][name], rtol=1e-3, atol=1e-4)
