@@ -49,7 +49,7 @@ def validate(engine: Engine, source: ImageSource) -> dict[str, float]:
 
 def _scores(engine: Engine, source: ImageSource) -> dict[str, float]:
     recipe, world, device = engine.recipe, engine.world, engine.device
-    pinned = device.type == "cuda"  # what is copied is not waited for
+    pinned = device.type == "cuda"  # copies from there are not waited for
     start, stop = world.part(len(source))
     # One column per image. Each process fills its own; the sum over the processes is the whole.
     table = torch.zeros(len(ROWS), len(source), dtype=torch.float64)
