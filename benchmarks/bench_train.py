@@ -408,11 +408,16 @@ def arithmetic(
 def store_seconds(loop: Ours) -> float:
     """Time to copy a snapshot into the history."""
     history, model = loop.engine.history, loop.engine.model
+    cuda = history.device.type == "cuda"
     history.observe(0, model.classifier)
     times = []
     for _ in range(5):
+        if cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         {name: history._copy(tensor) for name, tensor in model.classifier.state_dict().items()}
+        if cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
