@@ -30,11 +30,15 @@ def budget(device: torch.device, gibibytes: float | None = None) -> float:
     if gibibytes is not None:
         return gibibytes * 2**30
     if device.type == "cuda":
-        # What torch has freed but not returned is free to torch alone.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
+        return FREE_SHARE * free_on_gpu(device)
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return min(FREE_SHARE * os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE"), HOST_MOST)
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes that torch can still take, those included that it has freed but not returned."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def footprint(run: Callable[[], object], own: Iterable[Tensor]) -> int:

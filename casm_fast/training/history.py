@@ -22,6 +22,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from casm_fast.models.memory import free_on_gpu
 from casm_fast.training.config import Strategy
 
 Snapshot = dict[str, Tensor]
@@ -142,6 +143,5 @@ def _storage(classifier: nn.Module, device: torch.device, size: int, place: str)
         return torch.device("cpu")
     if place == "auto" and device.type == "cuda":
         needed = size * sum(tensor.nbytes for tensor in _tensors(classifier).values())
-        free, _ = torch.cuda.mem_get_info(device)
-        return device if needed <= free // 4 else torch.device("cpu")
+        return device if needed <= free_on_gpu(device) // 4 else torch.device("cpu")
     return device
