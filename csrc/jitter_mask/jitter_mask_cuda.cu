@@ -34,11 +34,13 @@ template <typename T>
 constexpr int kPackOf = sizeof(T) == 8 ? 2 : 4;
 
 // Blocks per multiprocessor, at least, so that enough loads are under way: six per thread in the forward pass, nine in
-// the gradient. (double is there for gradcheck.)
+// the gradient. Values of 16 bits need more registers for as many. (double is there for gradcheck.)
 template <typename T>
-constexpr int kBlocks = sizeof(T) == 8   ? 2
-                        : sizeof(T) == 4 ? 4
-                                         : 3;
+constexpr int kBlocks = 3;
+template <>
+constexpr int kBlocks<float> = 4;
+template <>
+constexpr int kBlocks<double> = 2;
 template <typename T>
 constexpr int kFoldBlocks = sizeof(T) == 8 ? 2 : 3;
 
@@ -202,7 +204,8 @@ __device__ void slopes_of(int planes, Place<const T> grad, Place<const T> image,
 
 // ---------------------------------------------------------------- blend
 
-// A row after the other of one image, `packs` places in each; threads of a block share an image. 32 bits are enough.
+// How threads lie over a batch: row after row of an image, `packs` threads each. A block never spans two images, so
+// that 32 bits count its pixels.
 struct Grid {
   unsigned rows, packs, blocks;  // blocks of an image
 

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kRows = 8;       // rows of a thread: 9/8 of the loads, and a 28x28 mask fits one warp
 constexpr int kThreads = 128;  // of a block
-constexpr int kBlocks = 5;     // resident at least: registers for several rows under way at once, without spills
+constexpr int kBlocks = 5;     // resident at least: registers for several rows under way at once
 
 // How the pixels of a batch are laid over threads. A team adds up (part of) one image: a warp or a block.
 struct Layout {
