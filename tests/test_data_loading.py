@@ -89,8 +89,8 @@ def test_the_stream_does_not_depend_on_workers_or_start(train, augment):
     assert all(map(same, plain, threaded))
     assert len(resumed) == 2
     assert all(map(same, plain[4:], resumed))
-    assert plain[0].images.shape == (6, 3, 32, 32)
-    assert plain[0].images.dtype == torch.float32
+    assert plain[0].images.shape == (6, 32, 32, 3)
+    assert plain[0].images.dtype == torch.uint8
     assert plain[0].labels.dtype == torch.int64
 
 
@@ -175,7 +175,7 @@ def test_the_path_in_memory_equals_the_path_by_image(memory):
     flips = [not torch.equal(a, b) for a, b in zip(mirrored.images, plain.images, strict=True)]
     assert 12 < sum(flips) < 38
     for a, b, flipped in zip(mirrored.images, plain.images, flips, strict=True):
-        assert torch.equal(a, b.flip(2) if flipped else b)
+        assert torch.equal(a, b.flip(1) if flipped else b)
 
 
 class OnlyImages:
@@ -423,16 +423,3 @@ def test_evaluation_reports_broken_images(memory):
     alone = next(evaluation_batches(source, size=32, batch_size=1, start=4, stop=5))
     assert alone.images.shape == (0, 32, 32, 3)
     assert alone.geometries == []
-
-
-def test_training_in_memory_is_fast(memory):
-    source = generate(2000, 32)
-    start = time.process_time()
-    images = sum(
-        len(batch.labels)
-        for batch in training_batches(
-            source, size=32, batch_size=100, seed=0, epoch=0, augment="flip"
-        )
-    )
-    # 110,000 images a second measured on one thread; a slow machine gets forty times.
-    assert images / (time.process_time() - start) > 3000

@@ -35,6 +35,7 @@ from casm_fast.data.decoding import DecodeError
 from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_batches
 from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
+from casm_fast.data.transforms import normalize
 from casm_fast.models.checkpoint import load
 from casm_fast.models.encoder import Encoder
 from casm_fast.models.placement import choose_device
@@ -199,7 +200,8 @@ class _Run:
         self.log.open_bar(self.phase, total, self.step)
         self.clock = time.perf_counter()
         for batch in self._batches():
-            self._advance(batch.images, batch.labels)
+            pixels = normalize(batch.images.to(self.device, non_blocking=True))
+            self._advance(pixels, batch.labels)
             self.step += 1
             self.log.advance()
             last = self.step == total
@@ -254,7 +256,6 @@ class _Run:
         """One step."""
         config, stream, selects = self.config, self.stream, self.phase == "selector"
         stream.manual_seed(_seed(config.seed, PHASES.index(self.phase), self.step))
-        images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         classes = self.model.encoder.classes
         share = config.selector_fakes if selects else config.mask_fakes

@@ -25,7 +25,7 @@ from torch import Tensor
 from casm_fast.data.decoding import DecodeError, size_of
 from casm_fast.data.geometry import Geometry, Policy, check_policy, geometry
 from casm_fast.data.source import ArraySource, ImageSource
-from casm_fast.data.transforms import crop_and_resize, normalize, resize
+from casm_fast.data.transforms import crop_and_resize, resize
 
 Augment = Literal["imagenet", "flip", "none"]
 """What training does to an image: "imagenet" is torchvision's RandomResizedCrop (8 to 100 % of the
@@ -43,7 +43,8 @@ class TrainingBatch:
     """Images to learn from.
 
     Attributes:
-        images: ``[B, 3, S, S]`` float32, normalised, in host memory (pinned when asked for).
+        images: ``[B, S, S, 3]`` uint8 RGB, in host memory (pinned when asked for): a quarter of
+            what `normalize` makes of them on the device.
         labels: ``[B]`` int64.
         skipped: One message per image that could not be read and is missing from the batch.
     """
@@ -368,10 +369,10 @@ def _array_batches(
         if flip:
             mirrored = uniforms(seed, epoch, chunk, 1)[:, 0] < 0.5
             pictures[mirrored] = pictures[mirrored, :, ::-1]
-        images = normalize(torch.from_numpy(pictures))
         labels = source.labels[chunk]
         _check_labels(source, chunk.tolist(), labels.tolist())
-        yield TrainingBatch(_pinned(images, pin_memory), torch.from_numpy(labels), ())
+        images = _pinned(torch.from_numpy(pictures), pin_memory)
+        yield TrainingBatch(images, torch.from_numpy(labels), ())
 
 
 def _file_batches(
@@ -397,7 +398,7 @@ def _file_batches(
         _check_labels(source, chunk, [source.label(index) for index in chunk])
         pixels = np.stack(squares) if squares else np.empty((0, size, size, 3), np.uint8)
         yield TrainingBatch(
-            _pinned(normalize(torch.from_numpy(pixels)), pin_memory),
+            _pinned(torch.from_numpy(pixels), pin_memory),
             torch.tensor(labels, dtype=torch.int64),
             tuple(map(str, errors)),
         )

@@ -28,6 +28,7 @@ from casm_fast.data.loading import TrainingBatch, batches_per_epoch, training_ba
 from casm_fast.data.signals import StopRequest, obey, stop_requests
 from casm_fast.data.source import ImageSource, open_source
 from casm_fast.data.subset import subset
+from casm_fast.data.transforms import normalize
 from casm_fast.models import checkpoint
 from casm_fast.models.saliency import SaliencyModel, build_model
 from casm_fast.training import calibration, distributed, state
@@ -281,7 +282,8 @@ class _Run:
             if not images:
                 raise DecodeError(f"not one image of a batch can be read: {batch.skipped[0]}")
             if not short:
-                self.engine.step(batch.images, batch.labels, position.step, total, position.epoch)
+                pixels = normalize(batch.images.to(self.engine.device, non_blocking=True))
+                self.engine.step(pixels, batch.labels, position.step, total, position.epoch)
             self._seen += images
             position.batch += 1
             position.step += 1
