@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,9 @@ def test_coco_gives_the_boxes_and_scores_of_the_imagenet_layout(place: Path) -> 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
+# Ray's workers would give way to the tests that run beside them, and take minutes to start.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 @pytest.fixture
 def ray() -> Iterator[Any]:
@@ -224,6 +228,32 @@ def test_ray_does_not_take_sigterm_over(monkeypatch: pytest.MonkeyPatch) -> None
     before = signal.getsignal(signal.SIGTERM)
     with cluster._cluster():
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_on_ray_goes_on_after_sigterm(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs casm_fast[dist]")
+    output, images = tmp_path / "rows", 1200
+    command = [
+        *(sys.executable, "-m", "casm_fast", "extract", str(place / "model.safetensors")),
+        *(f"synthetic:images={images},size=32,classes=3", "--output", str(output)),
+        *("--engine", "ray", "--device", "cpu", "--batch-size", "4", "--part-images", "4"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (written := sorted(output.glob("*.parquet"))) and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 143, said.decode()
+    assert b"the same command goes on there" in said
+    kept = {path: path.read_bytes() for path in sorted(output.glob("*.parquet"))}
+    assert set(written) <= set(kept)
+    assert len(kept) < images // 4
+
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    table, _ = predictions.read(output)
+    assert table["image_id"].to_pylist() == [f"val-{k:06d}" for k in range(images)]
 
 
 def test_the_plan_of_a_cluster() -> None:
