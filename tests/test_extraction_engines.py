@@ -239,17 +239,20 @@ def test_a_run_on_ray_goes_on_after_sigterm(place: Path, tmp_path: Path) -> None
         *("--engine", "ray", "--device", "cpu", "--batch-size", "4", "--part-images", "4"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (written := sorted(output.glob("*.parquet"))) and process.poll() is None:
+    patience = time.monotonic() + 300
+    while not (written := sorted(output.glob("*.parquet"))) and time.monotonic() < patience:
+        if process.poll() is not None:
+            break
         time.sleep(0.05)
     process.terminate()
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said.decode()
     assert b"the same command goes on there" in said
     kept = {path: path.read_bytes() for path in sorted(output.glob("*.parquet"))}
     assert set(written) <= set(kept)
     assert len(kept) < images // 4
 
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert all(path.read_bytes() == content for path, content in kept.items())
     table, _ = predictions.read(output)

@@ -46,6 +46,9 @@ _BESIDE = ("start", "saliency_height", "saliency_width", "device_name")
 _MAP = "saliency"
 """Column of the bytes of the maps, when they are kept."""
 
+_READER, _PATIENCE = "iter_threaded", 10.0
+"""The name of the threads by which Ray Data reads ahead, and seconds to wait for one."""
+
 CPUS_PER_ACTOR = 4
 """CPUs behind every actor where there is no GPU: one of them reads, the others run the network."""
 
@@ -162,7 +165,7 @@ def rows(
         )
         names = predictions.schema(segmented=config.masks == "rle").names
         made = iter(found.iter_batches(batch_size=None, batch_format="pyarrow"))
-        with closing(made):  # else Ray would go on reading while it is shut down
+        with _reading_ended(), closing(made):
             for table in made:
                 start, height, width, device = (table[name][0].as_py() for name in _BESIDE)
                 yield Rows(
@@ -172,6 +175,22 @@ def rows(
                     f"{spread.actors} x {device}, by Ray {ray.__version__}",
                     _maps(table, (height, width), config.masks),
                 )
+
+
+@contextmanager
+def _reading_ended() -> Iterator[None]:
+    """Waits, in the end, for the threads by which Ray Data reads ahead.
+
+    They end soon after their iterator is closed. One that asked for a batch after the cluster was
+    shut down would end the whole process, with status 1.
+    """
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - before:
+            if thread.name == _READER:
+                thread.join(_PATIENCE)
 
 
 @contextmanager
