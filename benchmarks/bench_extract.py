@@ -47,6 +47,7 @@ import pytest
 import torch
 import torchvision.transforms as tv
 from bs4 import BeautifulSoup
+from conftest import synchronized
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -90,11 +91,6 @@ def model_of(backbone: str, size: int, device: torch.device) -> SaliencyModel:
 def tree_of(folder: Path, files: int) -> Path:
     val = generate(files, size=64, classes=CLASSES, seed=0)
     return write_tree(folder / "tree", None, val, layout="flat", sides=SIDES, aspect=ASPECT)
-
-
-def synchronized(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 class Files(torch.utils.data.Dataset[tuple[Tensor, int, int, str]]):

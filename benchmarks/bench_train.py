@@ -45,7 +45,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import placed
+from conftest import placed, synchronized
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -265,8 +265,7 @@ def run(loop: Loop, strategy: str, data: tuple[Tensor, Tensor]) -> None:
     """The steps of one call; the host waits for all of them."""
     for drawn in DRAWS[strategy]:
         loop.step(*data, drawn)
-    if data[0].is_cuda:
-        torch.cuda.synchronize()
+    synchronized(data[0].device)
 
 
 def seconds(loop: Loop, strategy: str, data: tuple[Tensor, Tensor]) -> float:
@@ -308,12 +307,10 @@ def stopwatch(engine: Engine, device: torch.device) -> Iterator[dict[str, float]
 
     def timed(phase: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronized(device)
             start = time.perf_counter()
             result = call(*args, **kwargs)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronized(device)
             spent[phase(*args)] += time.perf_counter() - start
             return result
 
@@ -376,12 +373,10 @@ class Convolutions(TorchDispatchMode):
         }.get(call)
         if kind is None:
             return call(*args, **(kwargs or {}))
-        if args[0].is_cuda:
-            torch.cuda.synchronize()
+        synchronized(args[0].device)
         start = time.perf_counter()
         result = call(*args, **(kwargs or {}))
-        if args[0].is_cuda:
-            torch.cuda.synchronize()
+        synchronized(args[0].device)
         self.seconds[kind] += time.perf_counter() - start
         return result
 
@@ -408,16 +403,13 @@ def arithmetic(
 def store_seconds(loop: Ours) -> float:
     """Time to copy a snapshot into the history."""
     history, model = loop.engine.history, loop.engine.model
-    cuda = history.device.type == "cuda"
     history.observe(0, model.classifier)
     times = []
     for _ in range(5):
-        if cuda:
-            torch.cuda.synchronize()
+        synchronized(history.device)
         start = time.perf_counter()
         {name: history._copy(tensor) for name, tensor in model.classifier.state_dict().items()}
-        if cuda:
-            torch.cuda.synchronize()
+        synchronized(history.device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -102,6 +102,12 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
+def synchronized(device: torch.device) -> None:
+    """Waits for a GPU's work; a CPU has none left."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _seconds(call: Competitor, repeats: int, device: torch.device) -> float:
     """Seconds of one call: the mean of `repeats`, by events on a GPU."""
     if device.type == "cuda":

@@ -757,7 +757,7 @@ Tensor blend_backward_mask(const Tensor& grad_in, const Tensor& image_in, const 
       const auto start = [&]<int kCount>() {
         const Grid grid(h, w / kCount);
         launch(slopes_kernel<kCount, kGiven, T, M>, blocks_for(frame.B * grid.blocks), dim3(kThreads), 0, device, grid,
-               frame, grads, images, references, grad_mask.mutable_data_ptr<M>());
+               frame, grads, images, or_else(references, images), grad_mask.mutable_data_ptr<M>());
       };
       wide ? start.template operator()<kPackOf<T>>() : start.template operator()<1>();
     });
